@@ -1,0 +1,67 @@
+import { defineConfig } from "./src/config.ts";
+
+// This file names no backends, so the engines that run on this machine are discovered.
+// Every setting is here with its default: take away the slashes and change it.
+export default defineConfig({
+  // server: {
+  //   host: "127.0.0.1", // beyond loopback: auth.keys, or insecure: true
+  //   port: 4000, // 0: any free port
+  //   logLevel: "info", // debug, info, warn, error
+  //   insecure: false, // true: a bind beyond loopback without keys
+  //   allowedHosts: [], // Host names beside localhost on a loopback bind
+  //   allowedOrigins: [], // web origins beside loopback ones; "*" for all
+  // },
+  // backends: [
+  //   { id: "ollama", kind: "ollama", url: "http://127.0.0.1:11434" },
+  //   {
+  //     id: "vllm",
+  //     kind: "vllm", // absent: found out by asking the engine
+  //     url: "http://127.0.0.1:8000/v1", // with or without /v1
+  //     models: ["qwen2.5:14b", { name: "coder", upstream: "Qwen/Qwen2.5-Coder-7B" }], // absent: discovered
+  //     apiKey: "…", // sent to this backend as a bearer token
+  //     concurrency: 12, // requests at once; absent: the engine's slots
+  //     weight: 1, // its share among equals
+  //     healthInterval: 5000, // ms between probes
+  //     timeout: 3000, // ms a probe may take
+  //   },
+  // ],
+  // models: {
+  //   "qwen2.5:14b": {
+  //     backends: ["vllm"], // only these serve it; absent: all that have it
+  //     aliases: ["default"],
+  //     concurrency: 4, // requests at once over all backends
+  //   },
+  // },
+  // queue: {
+  //   maxWaitMs: 120_000, // the longest wait; 0: do not wait
+  //   maxLength: 512, // waiting requests per model
+  //   heartbeatMs: 15_000, // comments in a stream while nothing flows; 0: none
+  // },
+  // timeouts: {
+  //   connectMs: 5000, // no headers for so long: the backend is probed
+  //   firstByteMs: 300_000, // streams; 0: none
+  //   idleMs: 120_000, // streams, between chunks; 0: none
+  //   clientMs: 60_000, // a client that does not read; 0: none
+  //   totalMs: 0, // answers in one piece; 0: none
+  // },
+  // limits: {
+  //   bodyBytes: 32 * 1024 * 1024, // one request body
+  //   heldBytes: 256 * 1024 * 1024, // all that are held at once
+  //   bufferBytes: 8 * 1024 * 1024, // an answer in one piece that is checked before it is passed on
+  // },
+  // drain: {
+  //   delayMs: 0, // after SIGTERM still admitting: set it behind a balancer
+  //   graceMs: 30_000, // then for running answers
+  // },
+  // auth: { keys: [{ key: "${MY_KEY}" }, { hash: "sha256:…" }] },
+  // metrics: {
+  //   enabled: true,
+  //   endpoint: "/metrics",
+  //   labels: ["model", "backend_id", "cache_hit", "status"], // also tenant, endpoint
+  // },
+  // telemetry: {
+  //   otlpEndpoint: "http://127.0.0.1:4318", // absent: no traces
+  //   serviceName: "tidegate",
+  //   sampling: 1, // 0 to 1
+  // },
+});

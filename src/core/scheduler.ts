@@ -1,0 +1,263 @@
+/** Something of which only so much may be in use: slots, a backend's sum, places in a queue. */
+export interface Cap {
+  limit: number;
+  used: number;
+}
+
+/** One request that asks for a slot. Times are milliseconds of one monotonic clock. */
+export interface Ticket {
+  readonly id: string;
+  readonly model: string;
+  readonly arrivedAt: number;
+  /** When waiting has become pointless. */
+  readonly deadlineAt: number;
+}
+
+/** The requests of one model in one backend. */
+interface Lane {
+  slots: Cap;
+  /** Caps that reach beyond this backend: the model's, the process's. Shared with other schedulers. */
+  shared: readonly Cap[];
+  /** Places in the queue of this model, over all backends. Shared likewise. */
+  places: Cap;
+  /** By arrival; a request that comes from another backend takes the place its age gives it. */
+  queue: Ticket[];
+  /** Moving average of how long a request holds its slot, null until one has ended. */
+  serviceMs: number | null;
+}
+
+/** Everything the scheduler of one backend knows. Changed in place by `step`, by nothing else. */
+export interface SchedulerState {
+  /** False while nobody may start here: drained, removed, or unhealthy. */
+  available: boolean;
+  backend: Cap;
+  lanes: Map<string, Lane>;
+  waiting: number;
+}
+
+export interface LanePlan {
+  model: string;
+  slots: number;
+  shared: readonly Cap[];
+  places: Cap;
+}
+
+export type SchedulerEvent =
+  | { type: "arrive"; ticket: Ticket }
+  /** A waiting request's client left. */
+  | { type: "cancel"; ticket: Ticket }
+  /** A request that had been granted ended, however. */
+  | { type: "complete"; ticket: Ticket; serviceMs: number }
+  | { type: "configure"; available: boolean; concurrency: number; lanes: readonly LanePlan[] }
+  /** A shared cap has room again. */
+  | { type: "room" }
+  /** Another backend could start a request of this model at once. */
+  | { type: "elsewhere"; model: string }
+  /** This backend turned unhealthy: whoever waits had better choose again. */
+  | { type: "recall" }
+  | { type: "timer" };
+
+export type SchedulerEffect =
+  | { type: "grant"; ticket: Ticket }
+  /** The queue is full. */
+  | { type: "refuse"; ticket: Ticket; retryAfterMs: number }
+  /** Waited as long as it may. */
+  | { type: "expire"; ticket: Ticket; retryAfterMs: number }
+  /** Choose again: it cannot or need not be served here. */
+  | { type: "reselect"; ticket: Ticket }
+  /** Send a `timer` event then. Replaces an earlier one. */
+  | { type: "timer"; at: number };
+
+/** A service time nobody has measured yet. */
+const UNMEASURED_SERVICE_MS = 10_000;
+const SERVICE_WEIGHT = 0.2;
+
+export function createScheduler(): SchedulerState {
+  const backend = { limit: Infinity, used: 0 };
+  return { available: true, backend, lanes: new Map(), waiting: 0 };
+}
+
+/**
+ * Decides what one event means for the requests of one backend: a bounded first-come-first-served
+ * queue per model in front of slots per model and per backend.
+ *
+ * Deterministic: `now` is an argument, and `state` is changed in place and read by nobody in between.
+ */
+export function step(state: SchedulerState, event: SchedulerEvent, now: number): SchedulerEffect[] {
+  const effects: SchedulerEffect[] = [];
+  switch (event.type) {
+    case "arrive":
+      arrive(state, event.ticket, now, effects);
+      break;
+    case "cancel":
+      take(state, event.ticket);
+      break;
+    case "complete":
+      complete(state, event.ticket, event.serviceMs);
+      dispatch(state, effects);
+      break;
+    case "configure":
+      configure(state, event, effects);
+      dispatch(state, effects);
+      break;
+    case "room":
+      dispatch(state, effects);
+      break;
+    case "elsewhere": {
+      const head = state.lanes.get(event.model)?.queue[0];
+      if (head !== undefined) reselect(state, head, effects);
+      break;
+    }
+    case "recall":
+      for (const lane of state.lanes.values()) {
+        for (const ticket of [...lane.queue]) reselect(state, ticket, effects);
+      }
+      break;
+    case "timer":
+      expire(state, now, effects);
+      break;
+  }
+  return effects;
+}
+
+/** Would a request of this model start at once here? */
+export function hasRoom(state: SchedulerState, model: string): boolean {
+  const lane = state.lanes.get(model);
+  return lane !== undefined && lane.queue.length === 0 && mayStart(state, lane);
+}
+
+/** Requests of this model that wait here ahead of the ticket; -1 when it does not wait here. */
+export function positionOf(state: SchedulerState, ticket: Ticket): number {
+  return state.lanes.get(ticket.model)?.queue.indexOf(ticket) ?? -1;
+}
+
+function mayStart(state: SchedulerState, lane: Lane): boolean {
+  return (
+    state.available &&
+    lane.slots.used < lane.slots.limit &&
+    state.backend.used < state.backend.limit &&
+    lane.shared.every((cap) => cap.used < cap.limit)
+  );
+}
+
+function grant(state: SchedulerState, lane: Lane, ticket: Ticket, effects: SchedulerEffect[]) {
+  lane.slots.used++;
+  state.backend.used++;
+  for (const cap of lane.shared) cap.used++;
+  effects.push({ type: "grant", ticket });
+}
+
+function arrive(state: SchedulerState, ticket: Ticket, now: number, effects: SchedulerEffect[]) {
+  const lane = state.lanes.get(ticket.model);
+  if (lane === undefined || !state.available) {
+    effects.push({ type: "reselect", ticket });
+  } else if (lane.queue.length === 0 && mayStart(state, lane)) {
+    grant(state, lane, ticket, effects);
+  } else if (lane.places.used >= lane.places.limit) {
+    effects.push({ type: "refuse", ticket, retryAfterMs: waitOf(lane) });
+  } else if (ticket.deadlineAt <= now) {
+    effects.push({ type: "expire", ticket, retryAfterMs: waitOf(lane) });
+  } else {
+    const behind = lane.queue.findIndex((other) => other.arrivedAt > ticket.arrivedAt);
+    lane.queue.splice(behind === -1 ? lane.queue.length : behind, 0, ticket);
+    lane.places.used++;
+    state.waiting++;
+    arm(state, effects);
+  }
+}
+
+/** Removes a waiting ticket; false when it does not wait here. */
+function take(state: SchedulerState, ticket: Ticket): boolean {
+  const lane = state.lanes.get(ticket.model);
+  const at = lane?.queue.indexOf(ticket) ?? -1;
+  if (lane === undefined || at === -1) return false;
+  lane.queue.splice(at, 1);
+  lane.places.used--;
+  state.waiting--;
+  return true;
+}
+
+function reselect(state: SchedulerState, ticket: Ticket, effects: SchedulerEffect[]) {
+  if (take(state, ticket)) effects.push({ type: "reselect", ticket });
+}
+
+function complete(state: SchedulerState, ticket: Ticket, serviceMs: number) {
+  const lane = state.lanes.get(ticket.model);
+  state.backend.used--;
+  if (lane === undefined) return;
+  lane.slots.used--;
+  for (const cap of lane.shared) cap.used--;
+  lane.serviceMs =
+    lane.serviceMs === null
+      ? serviceMs
+      : lane.serviceMs + SERVICE_WEIGHT * (serviceMs - lane.serviceMs);
+}
+
+/** Grants to the heads of the queues, the oldest first, until nobody can start. */
+function dispatch(state: SchedulerState, effects: SchedulerEffect[]) {
+  while (state.waiting > 0) {
+    let oldest: { lane: Lane; ticket: Ticket } | null = null;
+    for (const lane of state.lanes.values()) {
+      const [ticket] = lane.queue;
+      if (ticket === undefined || !mayStart(state, lane)) continue;
+      if (oldest === null || ticket.arrivedAt < oldest.ticket.arrivedAt) oldest = { lane, ticket };
+    }
+    if (oldest === null) return;
+    take(state, oldest.ticket);
+    grant(state, oldest.lane, oldest.ticket, effects);
+  }
+}
+
+function configure(
+  state: SchedulerState,
+  plan: Extract<SchedulerEvent, { type: "configure" }>,
+  effects: SchedulerEffect[],
+) {
+  state.available = plan.available;
+  state.backend.limit = plan.concurrency;
+  const planned = new Set<string>();
+  for (const { model, slots, shared, places } of plan.lanes) {
+    planned.add(model);
+    const lane = state.lanes.get(model);
+    if (lane === undefined) {
+      const fresh = { limit: slots, used: 0 };
+      state.lanes.set(model, { slots: fresh, shared, places, queue: [], serviceMs: null });
+    } else {
+      lane.slots.limit = slots;
+    }
+  }
+  for (const [model, lane] of state.lanes) {
+    const gone = !planned.has(model);
+    if (gone) lane.slots.limit = 0;
+    if (gone || !plan.available) {
+      for (const ticket of [...lane.queue]) reselect(state, ticket, effects);
+    }
+    // A lane with running requests stays, or their completion would find no counters to lower.
+    if (gone && lane.slots.used === 0) state.lanes.delete(model);
+  }
+}
+
+function expire(state: SchedulerState, now: number, effects: SchedulerEffect[]) {
+  for (const lane of state.lanes.values()) {
+    for (const ticket of [...lane.queue]) {
+      if (ticket.deadlineAt > now) continue;
+      take(state, ticket);
+      effects.push({ type: "expire", ticket, retryAfterMs: waitOf(lane) });
+    }
+  }
+  arm(state, effects);
+}
+
+function arm(state: SchedulerState, effects: SchedulerEffect[]) {
+  let at = Infinity;
+  for (const lane of state.lanes.values()) {
+    for (const ticket of lane.queue) at = Math.min(at, ticket.deadlineAt);
+  }
+  if (at < Infinity) effects.push({ type: "timer", at });
+}
+
+/** How long a request that came now would wait, from what was measured. */
+function waitOf(lane: Lane): number {
+  const perSlot = (lane.queue.length + 1) / Math.max(1, lane.slots.limit);
+  return Math.ceil(perSlot * (lane.serviceMs ?? UNMEASURED_SERVICE_MS));
+}

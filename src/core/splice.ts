@@ -1,0 +1,136 @@
+const QUOTE = 0x22;
+const BACKSLASH = 0x5c;
+const COMMA = 0x2c;
+const COLON = 0x3a;
+const OPEN_BRACE = 0x7b;
+const CLOSE_BRACE = 0x7d;
+const OPEN_BRACKET = 0x5b;
+const CLOSE_BRACKET = 0x5d;
+
+/** Where the value of a top-level key stands: from `start` up to, not including, `end`. */
+export interface Span {
+  start: number;
+  end: number;
+}
+
+/** The top-level keys of a JSON object in their order, a repeated key several times. */
+export type Keys = { name: string; value: Span }[];
+
+const encoder = new TextEncoder();
+const decoder = new TextDecoder();
+
+function isSpace(byte: number | undefined): boolean {
+  return byte === 0x20 || byte === 0x0a || byte === 0x0d || byte === 0x09;
+}
+
+/** The offset behind the string that opens at `start`. */
+function skipString(bytes: Uint8Array, start: number): number {
+  let quote = bytes.indexOf(QUOTE, start + 1);
+  for (;;) {
+    if (quote === -1) return bytes.length;
+    let backslashes = 0;
+    while (bytes[quote - 1 - backslashes] === BACKSLASH) backslashes++;
+    if (backslashes % 2 === 0) return quote + 1;
+    quote = bytes.indexOf(QUOTE, quote + 1);
+  }
+}
+
+/** The offset behind the value that begins at `start`. */
+function skipValue(bytes: Uint8Array, start: number): number {
+  let depth = 0;
+  let at = start;
+  while (at < bytes.length) {
+    const byte = bytes[at];
+    if (byte === QUOTE) {
+      at = skipString(bytes, at);
+      if (depth === 0) return at;
+      continue;
+    }
+    if (byte === OPEN_BRACE || byte === OPEN_BRACKET) depth++;
+    else if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET) {
+      // The brace that closes the object around a number or a literal.
+      if (depth === 0) return at;
+      depth--;
+      if (depth === 0) return at + 1;
+    } else if (depth === 0 && (byte === COMMA || isSpace(byte))) return at;
+    at++;
+  }
+  return at;
+}
+
+/**
+ * Finds the top-level keys of a JSON object without building its values.
+ *
+ * @param bytes UTF-8 of a valid JSON object (parse it first; other input gives meaningless spans).
+ */
+export function topLevelKeys(bytes: Uint8Array): Keys {
+  const keys: Keys = [];
+  let at = bytes.indexOf(OPEN_BRACE) + 1;
+  while (at < bytes.length) {
+    while (isSpace(bytes[at]) || bytes[at] === COMMA) at++;
+    if (bytes[at] !== QUOTE) break;
+    const afterName = skipString(bytes, at);
+    const name: unknown = JSON.parse(decoder.decode(bytes.subarray(at, afterName)));
+    at = afterName;
+    while (isSpace(bytes[at]) || bytes[at] === COLON) at++;
+    const end = skipValue(bytes, at);
+    keys.push({ name: String(name), value: { start: at, end } });
+    at = end;
+  }
+  return keys;
+}
+
+/**
+ * Replaces the values of top-level keys in the bytes of a JSON object and adds those that are not
+ * there; every other byte stays as it is, so that numbers and unknown fields reach the engine as
+ * the client wrote them.
+ *
+ * @param edits key -> its new value as JSON text or bytes.
+ */
+export function splice(
+  bytes: Uint8Array,
+  keys: Keys,
+  edits: ReadonlyMap<string, string | Uint8Array>,
+): Uint8Array {
+  if (edits.size === 0) return bytes;
+  const parts: Uint8Array[] = [];
+  let copied = 0;
+  const write = (value: string | Uint8Array) =>
+    parts.push(typeof value === "string" ? encoder.encode(value) : value);
+  const missing = new Map(edits);
+  const afterBrace = bytes.indexOf(OPEN_BRACE) + 1;
+  for (const { name } of keys) missing.delete(name);
+  if (missing.size > 0) {
+    parts.push(bytes.subarray(0, afterBrace));
+    copied = afterBrace;
+    let separator = "";
+    for (const [name, value] of missing) {
+      write(`${separator}${JSON.stringify(name)}:`);
+      write(value);
+      separator = ",";
+    }
+    if (keys.length > 0) write(",");
+  }
+  for (const { name, value } of keys) {
+    const edit = edits.get(name);
+    if (edit === undefined) continue;
+    parts.push(bytes.subarray(copied, value.start));
+    write(edit);
+    copied = value.end;
+  }
+  parts.push(bytes.subarray(copied));
+  return concat(parts);
+}
+
+/** One array of all the parts' bytes. */
+export function concat(parts: readonly Uint8Array[]): Uint8Array {
+  const [only] = parts;
+  if (only !== undefined && parts.length === 1) return only;
+  const whole = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 0));
+  let at = 0;
+  for (const part of parts) {
+    whole.set(part, at);
+    at += part.length;
+  }
+  return whole;
+}

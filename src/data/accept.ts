@@ -1,0 +1,126 @@
+import { concat, topLevelKeys, type Keys } from "../core/splice.ts";
+import { isRecord } from "../dialects/dialect.ts";
+import { GatewayError, quote } from "../errors.ts";
+import type { Exchange } from "./exchange.ts";
+import type { Plane } from "./plane.ts";
+
+/** A request body: the client's own bytes, and where its top-level keys stand in them. */
+export interface Body {
+  bytes: Uint8Array;
+  keys: Keys;
+  /** The bytes are not needed any more: no retry can follow. Idempotent. */
+  drop(): void;
+}
+
+/** Replaces what is not UTF-8 by an error instead of by U+FFFD. A byte order mark is skipped. */
+const utf8 = new TextDecoder("utf-8", { fatal: true });
+
+/**
+ * Reads the body once and checks what the gateway acts on, whatever the content-type says.
+ *
+ * @throws GatewayError 400, 413, 415, or 503 when too many bodies are held
+ */
+export async function accept(exchange: Exchange, request: Request, plane: Plane): Promise<void> {
+  const encoding = request.headers.get("content-encoding");
+  if (encoding !== null && encoding !== "identity") {
+    throw new GatewayError(
+      "unsupported_media_type",
+      `content-encoding ${quote(encoding)} is not decoded here: send the body as plain JSON`,
+    );
+  }
+  const body = await read(exchange, request, plane);
+  exchange.check();
+  const parsed = parse(body.bytes);
+  body.keys = topLevelKeys(body.bytes);
+  refuseRepeats(body.keys, exchange.endpoint.keys);
+  exchange.body = body;
+  const view = exchange.endpoint.view(parsed);
+  exchange.view = view;
+  exchange.record.stream = view.stream;
+  exchange.record.asked_model = view.model.slice(0, 200);
+  exchange.timing.accept = plane.now() - exchange.receivedAt;
+}
+
+async function read(exchange: Exchange, request: Request, plane: Plane): Promise<Body> {
+  const { bodyBytes, heldBytes } = plane.config.limits;
+  const tooLarge = () =>
+    new GatewayError(
+      "request_too_large",
+      `the body is larger than ${bodyBytes} bytes (limits.bodyBytes)`,
+    );
+  const declared = Number(request.headers.get("content-length") ?? 0);
+  if (declared > bodyBytes) throw tooLarge();
+  let held = 0;
+  const hold = (bytes: number) => {
+    if (plane.heldBytes + bytes > heldBytes) {
+      throw new GatewayError(
+        "overloaded",
+        "too many requests with large bodies are in the house, try again (limits.heldBytes)",
+        { retryAfterMs: 1000 },
+      );
+    }
+    held += bytes;
+    plane.heldBytes += bytes;
+  };
+  const drop = exchange.own(() => {
+    plane.heldBytes -= held;
+    held = 0;
+  });
+  if (declared > 0) {
+    hold(declared);
+    const bytes = new Uint8Array(await bytesOf(request));
+    return { bytes, keys: [], drop };
+  }
+  const reader = request.body?.getReader();
+  const stop = exchange.own(() => void reader?.cancel().catch(() => {}));
+  const parts: Uint8Array[] = [];
+  for (;;) {
+    const result = await reader?.read().catch(unreadable);
+    if (result === undefined || result.done) break;
+    exchange.check();
+    hold(result.value.length);
+    if (held > bodyBytes) throw tooLarge();
+    parts.push(result.value);
+  }
+  stop();
+  return { bytes: concat(parts), keys: [], drop };
+}
+
+function bytesOf(request: Request): Promise<ArrayBuffer> {
+  return request.arrayBuffer().catch(unreadable);
+}
+
+function unreadable(error: unknown): never {
+  throw new GatewayError("invalid_json", "the body broke off before it was whole", {
+    detail: String(error),
+  });
+}
+
+function parse(bytes: Uint8Array): Record<string, unknown> {
+  let parsed: unknown;
+  try {
+    parsed = JSON.parse(utf8.decode(bytes));
+  } catch (error) {
+    const why = error instanceof Error ? error.message : String(error);
+    const message =
+      bytes.length === 0 ? "the body is empty" : `the body is not JSON: ${quote(why)}`;
+    throw new GatewayError("invalid_json", message);
+  }
+  if (!isRecord(parsed)) {
+    throw new GatewayError("invalid_json", "the body has to be a JSON object");
+  }
+  return parsed;
+}
+
+/** Gateway and engine could read different values of a key that stands twice. */
+function refuseRepeats(keys: Keys, acted: readonly string[]) {
+  const seen = new Set<string>();
+  for (const { name } of keys) {
+    if (seen.has(name) && acted.includes(name)) {
+      throw new GatewayError("duplicate_parameter", `${name} stands more than once in the body`, {
+        param: name,
+      });
+    }
+    seen.add(name);
+  }
+}

@@ -1,0 +1,180 @@
+import { resolve, type Model } from "../core/snapshot.ts";
+import type { Ticket } from "../core/scheduler.ts";
+import { select } from "../core/select.ts";
+import { GatewayError, quote } from "../errors.ts";
+import type { Admission, Permit, Place } from "../fleet/fleet.ts";
+import type { Exchange } from "./exchange.ts";
+import type { Plane } from "./plane.ts";
+
+/** What a request that waits can be told. */
+export interface Waiting {
+  position: number;
+  reason: string;
+}
+
+/** Where an exchange stands in a queue, while it stands in one. */
+const places = new WeakMap<Exchange, Place>();
+
+export function waitingOf(exchange: Exchange): Waiting | null {
+  const position = places.get(exchange)?.position() ?? -1;
+  return position < 0 ? null : { position, reason: "waiting for a slot" };
+}
+
+/**
+ * The model a request means, in the exchange's snapshot.
+ *
+ * @throws GatewayError `model_not_found`, `unsupported_endpoint`
+ */
+export function resolveModel(exchange: Exchange, plane: Plane): Model {
+  const asked = exchange.view?.model ?? "";
+  const resolution = resolve(exchange.snapshot, asked);
+  if (!resolution.found) {
+    const { suggestion } = resolution;
+    const hint = suggestion === null ? "" : `; did you mean ${quote(suggestion)}?`;
+    const count = exchange.snapshot.models.length;
+    throw new GatewayError(
+      "model_not_found",
+      `model ${quote(asked)} is not here${hint}; GET /v1/models lists what is (${count})`,
+      { param: "model" },
+    );
+  }
+  const { model } = resolution;
+  exchange.record.model = model.name;
+  const { path } = exchange.endpoint;
+  if (!model.targets.some(({ backend }) => plane.fleet.engineFor(backend)?.speaks(path))) {
+    throw new GatewayError(
+      "unsupported_endpoint",
+      `no backend with model ${quote(model.name)} does ${path}`,
+    );
+  }
+  return model;
+}
+
+export interface AdmitOptions {
+  /** Backends that have failed this request. */
+  tried: ReadonlySet<string>;
+  /** Do not wait: only where it starts at once. */
+  freeSlotOnly: boolean;
+}
+
+/**
+ * Chooses a target and waits for a slot there; chooses again when the scheduler says so.
+ *
+ * @throws GatewayError `no_backend_available`, `rate_limit_exceeded`, or what ended the exchange
+ */
+export async function admit(
+  exchange: Exchange,
+  plane: Plane,
+  options: AdmitOptions,
+): Promise<Permit> {
+  const startedAt = plane.now();
+  const { maxWaitMs } = plane.config.queue;
+  const patience = Math.min(maxWaitMs, clientTimeoutMs(exchange) ?? Infinity);
+  let model = resolveModel(exchange, plane);
+  const ticket: Ticket = {
+    id: exchange.id,
+    model: model.name,
+    arrivedAt: exchange.receivedAt,
+    deadlineAt: exchange.receivedAt + patience,
+  };
+  let endSpan: (() => void) | null = null;
+  try {
+    for (;;) {
+      const { backend, reason, place, admission } = ask(exchange, plane, model, ticket, options);
+      exchange.record.backend_id = backend;
+      exchange.record.reason = options.tried.size > 0 ? "retry" : reason;
+      if (!("then" in admission)) {
+        if (admission.type === "granted") return admission.permit;
+      } else if (endSpan === null) {
+        endSpan = exchange.trace.queue(Math.max(0, place.position()), "waiting for a slot");
+      }
+      const decided = await admission;
+      exchange.check();
+      if (decided.type === "granted") return decided.permit;
+      if (decided.type === "refused") throw refusal(decided, model, patience);
+      exchange.snapshot = plane.snapshot();
+      model = resolveModel(exchange, plane);
+    }
+  } finally {
+    places.delete(exchange);
+    endSpan?.();
+    const waited = plane.now() - startedAt;
+    exchange.timing.queue = (exchange.timing.queue ?? 0) + waited;
+    exchange.record.queue_ms = Math.round(exchange.timing.queue);
+  }
+}
+
+interface Asked {
+  backend: string;
+  reason: string;
+  place: Place;
+  admission: Admission | Promise<Admission>;
+}
+
+/** Selects, and asks the fleet; most requests are granted before this returns. */
+function ask(
+  exchange: Exchange,
+  plane: Plane,
+  model: Model,
+  ticket: Ticket,
+  { tried, freeSlotOnly }: AdmitOptions,
+): Asked {
+  const { fleet } = plane;
+  const candidates = fleet
+    .candidates(exchange.snapshot, model)
+    .filter(({ target, free }) => !tried.has(target.backend) && (free || !freeSlotOnly))
+    .filter(({ target }) => fleet.engineFor(target.backend)?.speaks(exchange.endpoint.path));
+  const selection = select(candidates, fleet.creditOf(model.name));
+  if (selection === null) {
+    throw new GatewayError(
+      "no_backend_available",
+      `no backend with model ${quote(model.name)} is up: ${reasons(exchange, model)}`,
+      { retryAfterMs: plane.config.backends[0]?.healthInterval ?? 5000 },
+    );
+  }
+  const { target, reason } = selection;
+  let decided: Admission | null = null;
+  let resolveLater: (admission: Admission) => void = () => {};
+  const place = fleet.enqueue(ticket, target, (admission) => {
+    decided = admission;
+    resolveLater(admission);
+  });
+  if (decided !== null) return { backend: target.backend, reason, place, admission: decided };
+  places.set(exchange, place);
+  const admission = new Promise<Admission>((resolve) => {
+    resolveLater = resolve;
+    exchange.own(() => {
+      // Gives back a permit that is granted too late as well; whoever awaits finds the exchange ended.
+      place.leave();
+      resolve({ type: "reselect" });
+    });
+  });
+  return { backend: target.backend, reason, place, admission };
+}
+
+function refusal(
+  decided: Extract<Admission, { type: "refused" }>,
+  model: Model,
+  patience: number,
+): GatewayError {
+  const name = quote(model.name);
+  const message =
+    decided.cause === "full"
+      ? `the queue for model ${name} is full (queue.maxLength)`
+      : `no slot for model ${name} came free within ${patience} ms (queue.maxWaitMs)`;
+  return new GatewayError("rate_limit_exceeded", message, { retryAfterMs: decided.retryAfterMs });
+}
+
+function reasons(exchange: Exchange, model: Model): string {
+  const ids = new Set(model.targets.map((target) => target.backend));
+  return exchange.snapshot.backends
+    .filter(({ id }) => ids.has(id))
+    .map(({ id, health, reason }) => `${id} is ${health}${reason === "" ? "" : ` (${reason})`}`)
+    .join(", ");
+}
+
+/** The client's own time-out in milliseconds, as the official SDKs send it; null when they do not. */
+export function clientTimeoutMs(exchange: Exchange): number | null {
+  const seconds = Number(exchange.headers.get("x-stainless-timeout") ?? Number.NaN);
+  return Number.isFinite(seconds) && seconds > 0 ? seconds * 1000 : null;
+}

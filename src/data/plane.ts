@@ -1,0 +1,31 @@
+import type { Config } from "../config.ts";
+import type { Snapshot } from "../core/snapshot.ts";
+import type { Fleet } from "../fleet/fleet.ts";
+import type { Log } from "../telemetry/log.ts";
+import type { Metrics } from "../telemetry/metrics.ts";
+import type { Tracing } from "../telemetry/tracing.ts";
+import type { Exchange } from "./exchange.ts";
+import type { Access } from "./identify.ts";
+
+/** What a request needs from the rest of the house. */
+export interface Plane {
+  readonly config: Config;
+  readonly access: Access;
+  readonly fleet: Fleet;
+  readonly log: Log;
+  /** Null when switched off. */
+  readonly metrics: Metrics | null;
+  /** Replaced once the exporter has started. */
+  tracing: Tracing;
+  /** Every request that has not ended. */
+  readonly exchanges: Set<Exchange>;
+  /** Sum of the request bodies in memory. */
+  heldBytes: number;
+  /** False once the gateway shuts down: nothing further is let in. */
+  admitting: boolean;
+  /** Monotonic milliseconds. */
+  now(): number;
+  snapshot(): Snapshot;
+  /** Probes a backend at once; true when it answers. Never rejects. */
+  probe(backend: string): Promise<boolean>;
+}

@@ -1,0 +1,332 @@
+import type { Kind } from "../config.ts";
+import type { Outcome } from "../core/outcome.ts";
+import {
+  createScheduler,
+  hasRoom,
+  positionOf,
+  step,
+  type Cap,
+  type SchedulerEvent,
+  type SchedulerState,
+  type Ticket,
+} from "../core/scheduler.ts";
+import type { Candidate, Credit } from "../core/select.ts";
+import {
+  backendOf,
+  type Backend,
+  type Model,
+  type Snapshot,
+  type Target,
+} from "../core/snapshot.ts";
+import type { Connection, Engine } from "../engines/engine.ts";
+import { engineOf } from "../engines/kinds.ts";
+
+/** One backend that requests are sent to: its queue, and what was learned from its traffic. */
+interface Live {
+  key: string;
+  connection: Connection;
+  engine: Engine;
+  scheduler: SchedulerState;
+  unhealthy: boolean;
+  failedAt: number | null;
+  lastChunkAt: number;
+  timer: ReturnType<typeof setTimeout> | undefined;
+}
+
+/** The right to one slot, to be given back once. */
+export interface Permit {
+  readonly target: Target;
+  readonly connection: Connection;
+  readonly engine: Engine;
+  /** Idempotent. */
+  release(outcome: Outcome): void;
+  /** Bytes of an answer arrived: the backend works, whatever a probe says. */
+  flowed(): void;
+}
+
+export type Admission =
+  | { type: "granted"; permit: Permit }
+  | { type: "reselect" }
+  | { type: "refused"; cause: "full" | "expired"; retryAfterMs: number };
+
+/** A request's place in one backend's queue. */
+export interface Place {
+  /** Requests of the model ahead of it; -1 when it does not wait. */
+  position(): number;
+  /** Gives up the place, and the permit where one was granted meanwhile. Idempotent. */
+  leave(): void;
+}
+
+/** What one model uses over all backends. */
+interface Share {
+  running: Cap;
+  places: Cap;
+  credit: Credit;
+}
+
+interface Asking {
+  target: Target;
+  live: Live;
+  decide: (admission: Admission) => void;
+}
+
+export interface FleetOptions {
+  /** Monotonic milliseconds. */
+  now: () => number;
+  /** Waiting requests per model. */
+  maxLength: number;
+  /** Requests to engines at once in this process; Infinity where the runtime sets no limit. */
+  upstreamLimit: number;
+  /** Keys of the backends, by id; they are no part of the snapshot. */
+  apiKeys: ReadonlyMap<string, string>;
+}
+
+/**
+ * The live backends. Runs the effects of their schedulers: grants become permits, timers become
+ * timers. A backend lives as long as its id, url and kind stay; what runs on one that has gone
+ * keeps its counters until it ends.
+ */
+export class Fleet {
+  readonly #options: FleetOptions;
+  readonly #lives = new Map<string, Live>();
+  readonly #shares = new Map<string, Share>();
+  readonly #asking = new Map<Ticket, Asking>();
+  readonly #upstream: Cap;
+
+  constructor(options: FleetOptions) {
+    this.#options = options;
+    this.#upstream = { limit: options.upstreamLimit, used: 0 };
+  }
+
+  /** Takes a new snapshot: new backends come alive, those that went send their queues elsewhere. */
+  apply(snapshot: Snapshot): void {
+    const present = new Set<string>();
+    const turned: Live[] = [];
+    for (const model of snapshot.models) {
+      this.#share(model.name).running.limit = model.concurrency ?? Infinity;
+    }
+    for (const backend of snapshot.backends) {
+      const live = this.#liveOf(backend);
+      present.add(backend.id);
+      const unhealthy = backend.health === "unhealthy";
+      if (unhealthy) live.failedAt = this.#options.now();
+      if (unhealthy && !live.unhealthy) turned.push(live);
+      live.unhealthy = unhealthy;
+      const lanes = snapshot.models.flatMap((model) => {
+        const target = model.targets.find((each) => each.backend === backend.id);
+        if (target === undefined) return [];
+        const { running, places } = this.#share(model.name);
+        return [
+          { model: model.name, slots: target.slots, shared: [running, this.#upstream], places },
+        ];
+      });
+      const concurrency = backend.concurrency ?? Infinity;
+      this.#run(live, { type: "configure", available: !backend.drained, concurrency, lanes });
+    }
+    for (const [id, live] of this.#lives) {
+      if (present.has(id)) continue;
+      this.#lives.delete(id);
+      this.#close(live);
+    }
+    for (const live of turned) this.#run(live, { type: "recall" });
+    this.#offer();
+  }
+
+  #close(live: Live) {
+    this.#run(live, { type: "configure", available: false, concurrency: 0, lanes: [] });
+  }
+
+  /** The targets of a model as selection wants them, in the snapshot's order. */
+  candidates(snapshot: Snapshot, model: Model): Candidate[] {
+    return model.targets.flatMap((target) => {
+      const backend = backendOf(snapshot, target.backend);
+      const live = this.#lives.get(target.backend);
+      if (backend === undefined || live === undefined || backend.drained) return [];
+      const { scheduler, failedAt } = live;
+      const free = hasRoom(scheduler, model.name);
+      const load = scheduler.backend.used + scheduler.waiting;
+      return [{ target, health: backend.health, free, load, weight: backend.weight, failedAt }];
+    });
+  }
+
+  /** What selection among equals of this model remembers. */
+  creditOf(model: string): Credit {
+    return this.#share(model).credit;
+  }
+
+  engineFor(backend: string): Engine | undefined {
+    return this.#lives.get(backend)?.engine;
+  }
+
+  /**
+   * Asks for a slot. `decide` is called exactly once unless the place is left before, possibly
+   * before this returns.
+   */
+  enqueue(ticket: Ticket, target: Target, decide: (admission: Admission) => void): Place {
+    const live = this.#lives.get(target.backend);
+    if (live === undefined) {
+      decide({ type: "reselect" });
+      return { position: () => -1, leave: () => {} };
+    }
+    let permit: Permit | null = null;
+    this.#asking.set(ticket, {
+      target,
+      live,
+      decide: (admission) => {
+        if (admission.type === "granted") permit = admission.permit;
+        decide(admission);
+      },
+    });
+    this.#run(live, { type: "arrive", ticket });
+    return {
+      position: () => positionOf(live.scheduler, ticket),
+      leave: () => {
+        permit?.release("ignore");
+        if (this.#asking.delete(ticket)) this.#run(live, { type: "cancel", ticket });
+      },
+    };
+  }
+
+  /** When bytes of an answer last came from this backend, on the clock of `now`. */
+  lastChunkAt(backend: string): number {
+    return this.#lives.get(backend)?.lastChunkAt ?? -Infinity;
+  }
+
+  /** Numbers for metrics: per backend, its caps and what each model uses and has waiting. */
+  usage() {
+    return [...this.#lives.values()].map(({ connection, scheduler }) => ({
+      backend: connection.id,
+      slots: Math.min(
+        scheduler.backend.limit,
+        [...scheduler.lanes.values()].reduce((sum, lane) => sum + lane.slots.limit, 0),
+      ),
+      models: [...scheduler.lanes].map(([model, lane]) => ({
+        model,
+        running: lane.slots.used,
+        waiting: lane.queue.length,
+      })),
+    }));
+  }
+
+  /** Ends every timer; nothing may be enqueued afterwards. */
+  close(): void {
+    for (const live of this.#lives.values()) clearTimeout(live.timer);
+  }
+
+  #share(model: string): Share {
+    let share = this.#shares.get(model);
+    if (share === undefined) {
+      share = {
+        running: { limit: Infinity, used: 0 },
+        places: { limit: this.#options.maxLength, used: 0 },
+        credit: new Map(),
+      };
+      this.#shares.set(model, share);
+    }
+    return share;
+  }
+
+  #liveOf({ id, url, kind }: Backend): Live {
+    const key = `${kind} ${url}`;
+    const known = this.#lives.get(id);
+    if (known?.key === key) return known;
+    if (known !== undefined) this.#close(known);
+    const fresh: Live = {
+      key,
+      connection: { id, url, apiKey: this.#options.apiKeys.get(id) ?? null },
+      engine: engineOf(kind as Kind),
+      scheduler: createScheduler(),
+      unhealthy: false,
+      failedAt: null,
+      lastChunkAt: -Infinity,
+      timer: undefined,
+    };
+    this.#lives.set(id, fresh);
+    return fresh;
+  }
+
+  #run(live: Live, event: SchedulerEvent) {
+    for (const effect of step(live.scheduler, event, this.#options.now())) {
+      if (effect.type === "timer") {
+        this.#arm(live, effect.at);
+        continue;
+      }
+      const asking = this.#asking.get(effect.ticket);
+      this.#asking.delete(effect.ticket);
+      switch (effect.type) {
+        case "grant": {
+          const permit = this.#permit(live, effect.ticket, asking?.target);
+          if (asking === undefined || permit === null) break;
+          asking.decide({ type: "granted", permit });
+          break;
+        }
+        case "reselect":
+          asking?.decide({ type: "reselect" });
+          break;
+        case "refuse":
+        case "expire": {
+          const cause = effect.type === "refuse" ? "full" : "expired";
+          asking?.decide({ type: "refused", cause, retryAfterMs: effect.retryAfterMs });
+          break;
+        }
+      }
+    }
+  }
+
+  #arm(live: Live, at: number) {
+    clearTimeout(live.timer);
+    // A timer may fire a little early by the clock that decides: then it is armed again.
+    const delay = Math.min(Math.max(1, Math.ceil(at - this.#options.now())), 2 ** 31 - 1);
+    live.timer = setTimeout(() => this.#run(live, { type: "timer" }), delay);
+  }
+
+  #permit(live: Live, ticket: Ticket, target: Target | undefined): Permit | null {
+    const { now } = this.#options;
+    const grantedAt = now();
+    const complete = () => {
+      this.#run(live, { type: "complete", ticket, serviceMs: now() - grantedAt });
+      this.#offer();
+    };
+    // Nobody asks any more: the slot is free again.
+    if (target === undefined) {
+      complete();
+      return null;
+    }
+    let held = true;
+    return {
+      target,
+      connection: live.connection,
+      engine: live.engine,
+      release(outcome) {
+        if (!held) return;
+        held = false;
+        if (outcome === "failure") live.failedAt = now();
+        complete();
+      },
+      flowed() {
+        live.lastChunkAt = now();
+      },
+    };
+  }
+
+  /** Room came free somewhere: a cap shared with others, or a slot that nobody here waits for. */
+  #offer() {
+    if (this.#asking.size === 0) return;
+    const lives = [...this.#lives.values()];
+    for (const live of lives) {
+      if (live.scheduler.waiting > 0) this.#run(live, { type: "room" });
+    }
+    for (const live of lives) {
+      for (const [model, lane] of live.scheduler.lanes) {
+        if (lane.queue.length === 0) continue;
+        const elsewhere = lives.some(
+          (other) => other !== live && !other.unhealthy && hasRoom(other.scheduler, model),
+        );
+        if (elsewhere) {
+          this.#run(live, { type: "elsewhere", model });
+          return;
+        }
+      }
+    }
+  }
+}

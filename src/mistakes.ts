@@ -1,0 +1,195 @@
+import { z } from "zod";
+import { suggest } from "./core/suggest.ts";
+import { schema, type Config } from "./config.ts";
+
+/** One thing that is wrong in a configuration, with what is needed to put it right. */
+export interface Mistake {
+  path: string;
+  /** As written, secrets as `***`; undefined when the key is missing. */
+  value: unknown;
+  expected: string;
+  suggestion: string | null;
+}
+
+/** Keys of the contract that this version does not have yet: said so instead of guessed at. */
+const LATER = new Set(
+  `include exclude allowCloud staleAfterMs discover gpu warm turnMs loadMs jwt tenants redis slowMs
+  admin tenant`.split(/\s+/),
+);
+
+const SECRET = /(^|\.)(key|hash|apiKey)$/;
+
+type Path = readonly PropertyKey[];
+
+function pathText(path: Path): string {
+  return path.reduce<string>((text, part) => {
+    if (typeof part === "number") return `${text}[${part}]`;
+    const name = String(part);
+    const plain = /^[\w-]+$/.test(name) ? name : JSON.stringify(name);
+    return text === "" ? plain : `${text}.${plain}`;
+  }, "");
+}
+
+function valueAt(raw: unknown, path: Path): unknown {
+  return path.reduce<unknown>(
+    (value, part) => (value as Record<PropertyKey, unknown> | null | undefined)?.[part],
+    raw,
+  );
+}
+
+interface Shape {
+  properties?: Record<string, Shape>;
+  additionalProperties?: Shape | boolean;
+  items?: Shape;
+  anyOf?: Shape[];
+}
+
+const shape = z.toJSONSchema(schema, { io: "input" }) as Shape;
+
+/** The keys that may stand in the object at this path. */
+function knownKeys(path: Path): string[] {
+  let shapes: Shape[] = [shape];
+  for (const part of path) {
+    shapes = shapes
+      .flatMap((each) => [each, ...(each.anyOf ?? [])])
+      .map((each) => {
+        if (typeof part === "number") return each.items;
+        const other = each.additionalProperties;
+        return each.properties?.[String(part)] ?? (typeof other === "object" ? other : undefined);
+      })
+      .filter((each) => each !== undefined);
+  }
+  return shapes
+    .flatMap((each) => [each, ...(each.anyOf ?? [])])
+    .flatMap((each) => Object.keys(each.properties ?? {}));
+}
+
+function mistakesOf(issue: z.core.$ZodIssue, raw: unknown, base: Path = []): Mistake[] {
+  const path = [...base, ...issue.path];
+  if (issue.code === "unrecognized_keys") {
+    return issue.keys.map((key) => {
+      const known = knownKeys(path);
+      return {
+        path: pathText([...path, key]),
+        value: SECRET.test(key) ? "***" : valueAt(raw, [...path, key]),
+        expected: LATER.has(key)
+          ? "nothing yet: this key comes with a later version"
+          : `one of ${known.join(", ")}`,
+        suggestion: LATER.has(key) ? null : suggest(key, known),
+      };
+    });
+  }
+  // Of a union the alternative that fits best is the one with the fewest complaints.
+  if (issue.code === "invalid_union" && issue.errors.length > 0) {
+    const [nearest] = issue.errors.toSorted((a, b) => a.length - b.length);
+    if (typeof valueAt(raw, path) === "object" && nearest !== undefined) {
+      const deepest = issue.errors.find((errors) => errors.every((each) => each.path.length > 0));
+      return (deepest ?? nearest).flatMap((each) => mistakesOf(each, raw, path));
+    }
+  }
+  const text = pathText(path);
+  const value = valueAt(raw, path);
+  const options = issue.code === "invalid_value" ? issue.values.map(String) : [];
+  return [
+    {
+      path: text,
+      value: SECRET.test(text) && value !== undefined ? "***" : value,
+      expected: options.length > 0 ? `one of ${options.join(", ")}` : issue.message,
+      suggestion: typeof value === "string" ? suggest(value, options) : null,
+    },
+  ];
+}
+
+function listOf(value: unknown): unknown[] {
+  return Array.isArray(value) ? value : [];
+}
+
+function recordOf(value: unknown): Record<string, unknown> {
+  return typeof value === "object" && value !== null ? (value as Record<string, unknown>) : {};
+}
+
+/** What no single key can know. Reads the raw value, so that it is reported beside all the rest. */
+function crossCheck(raw: unknown): Mistake[] {
+  const mistakes: Mistake[] = [];
+  const root = recordOf(raw);
+  const backends = listOf(root["backends"]).map(recordOf);
+  const ids = backends.map((backend) => backend["id"]).filter((id) => typeof id === "string");
+  for (const [at, backend] of backends.entries()) {
+    if (backends.findIndex((other) => other["id"] === backend["id"]) !== at) {
+      const expected = "an id that no other backend has";
+      mistakes.push({
+        path: `backends[${at}].id`,
+        value: backend["id"],
+        expected,
+        suggestion: null,
+      });
+    }
+    if (backend["url"] === undefined && backend["kind"] !== "demo") {
+      const expected = "a URL (only kind demo needs none)";
+      mistakes.push({ path: `backends[${at}].url`, value: undefined, expected, suggestion: null });
+    }
+  }
+  const named = backends.map((backend) =>
+    listOf(backend["models"]).map((each) =>
+      typeof each === "string" ? each : String(recordOf(each)["name"]),
+    ),
+  );
+  const allNamed = backends.length > 0 && backends.every((each) => each["models"] !== undefined);
+  const names = new Set(named.flat());
+  const owners = new Map<string, string>();
+  for (const [name, value] of Object.entries(recordOf(root["models"]))) {
+    const model = recordOf(value);
+    for (const [at, id] of listOf(model["backends"]).entries()) {
+      if (backends.length === 0 || ids.includes(id as string)) continue;
+      mistakes.push({
+        path: pathText(["models", name, "backends", at]),
+        value: id,
+        expected: `the id of a backend: ${ids.join(", ")}`,
+        suggestion: suggest(String(id), ids),
+      });
+    }
+    for (const [at, alias] of listOf(model["aliases"]).entries()) {
+      const owner = owners.get(String(alias));
+      const taken = names.has(String(alias)) ? "a model of that name exists" : null;
+      const clash = owner === undefined ? taken : `it already belongs to ${owner}`;
+      owners.set(String(alias), name);
+      if (clash === null) continue;
+      const expected = `an alias of its own: ${clash}`;
+      mistakes.push({
+        path: pathText(["models", name, "aliases", at]),
+        value: alias,
+        expected,
+        suggestion: null,
+      });
+    }
+    const fallback = model["fallback"] === undefined ? [] : [model["fallback"]].flat();
+    for (const each of fallback) {
+      if (!allNamed || names.has(String(each))) continue;
+      mistakes.push({
+        path: pathText(["models", name, "fallback"]),
+        value: each,
+        expected: `a model of a backend: ${[...names].join(", ")}`,
+        suggestion: suggest(String(each), names),
+      });
+    }
+  }
+  return mistakes;
+}
+
+/** Checks a raw configuration: the typed one, or every mistake in it at once. */
+export function check(raw: unknown): { config: Config } | { mistakes: Mistake[] } {
+  const parsed = schema.safeParse(raw);
+  const mistakes = parsed.success
+    ? []
+    : parsed.error.issues.flatMap((issue) => mistakesOf(issue, raw));
+  mistakes.push(...crossCheck(raw));
+  if (parsed.success && mistakes.length === 0) return { config: parsed.data };
+  return { mistakes };
+}
+
+/** One line for people. */
+export function describe({ path, value, expected, suggestion }: Mistake): string {
+  const seen = value === undefined ? "missing" : `found ${JSON.stringify(value)}`;
+  const hint = suggestion === null ? "" : ` (did you mean ${suggestion}?)`;
+  return `${path === "" ? "configuration" : path}: ${seen}, expected ${expected}${hint}`;
+}

@@ -1,0 +1,219 @@
+import process from "node:process";
+import { parseArgs } from "node:util";
+import { serve as serveNode } from "@hono/node-server";
+import manifest from "../package.json" with { type: "json" };
+import { banner } from "./banner.ts";
+import { startGateway, type Gateway } from "./gateway.ts";
+import { ConfigError, isLoopback, loadSettings, type Flags, type Settings } from "./load.ts";
+import { runtimeProblem } from "./runtime.ts";
+import { Log, type Level } from "./telemetry/log.ts";
+import { tracingWanted } from "./telemetry/tracing.ts";
+
+const HELP = `tidegate ${manifest.version}: one endpoint in front of the language models on your own machines
+
+Usage: bun start [options]     or: deno task start [options]
+
+  --config PATH     configuration file, .ts or .json (default: gateway.config.ts, then .json)
+  --port N          port to listen on (default 4000; 0: any free one)
+  --host ADDR       address to bind (default 127.0.0.1)
+  --log-level L     debug, info, warn or error (default info)
+  --check           check the configuration and do not listen
+  --json            with --check: the result as JSON
+  --help            this text
+  --version         the version
+
+Environment: TIDEGATE_CONFIG, TIDEGATE_API_KEYS="key,tenant=key", PORT, NO_COLOR, FORCE_COLOR,
+OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME and the other OTEL_* of the OpenTelemetry SDK.
+`;
+
+const RUNTIME = typeof Bun === "undefined" ? `deno ${Deno.version.deno}` : `bun ${Bun.version}`;
+
+/** Requests to engines at once where Bun's own limit (256, silently queued) was not raised. */
+const UNRAISED_LIMIT = 200;
+
+function usageError(message: string): never {
+  process.stderr.write(`tidegate: ${message}\nTry --help.\n`);
+  process.exit(2);
+}
+
+function readFlags() {
+  try {
+    const { values } = parseArgs({
+      options: {
+        config: { type: "string" },
+        port: { type: "string" },
+        host: { type: "string" },
+        "log-level": { type: "string" },
+        check: { type: "boolean", default: false },
+        json: { type: "boolean", default: false },
+        help: { type: "boolean", default: false },
+        version: { type: "boolean", default: false },
+      },
+    });
+    if (values.port !== undefined && !/^\d+$/.test(values.port)) {
+      usageError(`--port needs a number, not "${values.port}"`);
+    }
+    if (values.json && !values.check) usageError("--json goes with --check");
+    return values;
+  } catch (error) {
+    usageError(error instanceof Error ? error.message : String(error));
+  }
+}
+
+async function load(flags: ReturnType<typeof readFlags>): Promise<Settings> {
+  const { config, host, port } = flags;
+  const wanted: Flags = {
+    config,
+    host,
+    logLevel: flags["log-level"],
+    port: port === undefined ? undefined : Number(port),
+  };
+  try {
+    return await loadSettings(wanted, process.env, process.cwd());
+  } catch (error) {
+    if (!(error instanceof ConfigError)) throw error;
+    if (flags.json)
+      process.stdout.write(`${JSON.stringify({ ok: false, errors: error.mistakes })}\n`);
+    else process.stderr.write(`${error.message}\n`);
+    process.exit(1);
+  }
+}
+
+interface Listening {
+  port: number;
+  /** Accepts nothing further; running answers go on. */
+  stop(): void;
+}
+
+async function listen(gateway: Gateway, hostname: string, port: number): Promise<Listening> {
+  if (typeof Bun !== "undefined") {
+    const server = Bun.serve({
+      hostname,
+      port,
+      // Otherwise a silent prefill of ten seconds loses its client.
+      idleTimeout: 0,
+      // Ours answers with an explanation.
+      maxRequestBodySize: Number.MAX_SAFE_INTEGER,
+      fetch: (request) => gateway.fetch(request),
+    });
+    return { port: server.port ?? port, stop: () => void server.stop() };
+  }
+  // Deno.serve does not report a client that leaves before the response begins.
+  const { promise, resolve, reject } = Promise.withResolvers<number>();
+  const server = serveNode({ fetch: (request) => gateway.fetch(request), hostname, port }, (info) =>
+    resolve(info.port),
+  );
+  server.on("error", reject);
+  return { port: await promise, stop: () => void server.close() };
+}
+
+/** Resolves at the first signal; a second one ends the process at once. */
+function signalled(): Promise<string> {
+  return new Promise((resolve) => {
+    let seen = false;
+    for (const signal of ["SIGTERM", "SIGINT"] as const) {
+      process.on(signal, () => {
+        if (seen) process.exit(1);
+        seen = true;
+        resolve(signal);
+      });
+    }
+  });
+}
+
+async function main(): Promise<void> {
+  const began = performance.now();
+  const flags = readFlags();
+  if (flags.help) return void process.stdout.write(HELP);
+  if (flags.version) return void process.stdout.write(`${manifest.version}\n`);
+  const problem = runtimeProblem(RUNTIME);
+  if (problem !== null) {
+    process.stderr.write(`tidegate: ${problem}\n`);
+    process.exit(1);
+  }
+  const settings = await load(flags);
+  const { config, source } = settings;
+  const { host, port } = config.server;
+  if (flags.check) {
+    const result = flags.json
+      ? JSON.stringify({ ok: true, source, notes: settings.notes })
+      : [`${source}: valid`, ...settings.notes.map((note) => `  ! ${note}`)].join("\n");
+    process.stdout.write(`${result}\n`);
+    return;
+  }
+  const colours = process.env["NO_COLOR"] === undefined || process.env["NO_COLOR"] === "";
+  const forced = process.env["FORCE_COLOR"] !== undefined && process.env["FORCE_COLOR"] !== "0";
+  const log = new Log({
+    level: config.server.logLevel satisfies Level,
+    json: process.stdout.isTTY !== true,
+    colour: colours,
+    write: (line) => void process.stdout.write(line),
+  });
+  for (const event of ["unhandledRejection", "uncaughtException"] as const) {
+    process.on(event, (error: unknown) => {
+      log.error(event, { detail: error instanceof Error ? error.stack : String(error) });
+    });
+  }
+  const raised =
+    typeof Bun === "undefined" || process.env["BUN_CONFIG_MAX_HTTP_REQUESTS"] !== undefined;
+  if (!raised) {
+    settings.notes.push(
+      `at most ${UNRAISED_LIMIT} requests to engines at once: start with "bun start", ` +
+        "or set BUN_CONFIG_MAX_HTTP_REQUESTS=16384 in the environment",
+    );
+  }
+  const stopping = signalled();
+  const gateway = await startGateway(settings, {
+    version: manifest.version,
+    runtime: RUNTIME,
+    log,
+    environment: process.env,
+    upstreamLimit: raised ? Infinity : UNRAISED_LIMIT,
+    process: process,
+  });
+  const server = await listen(gateway, host, port).catch((error: unknown) => {
+    const code = (error as { code?: string }).code;
+    const reason =
+      code === "EADDRINUSE"
+        ? `port ${port} on ${host} is in use: stop what listens there, or choose another with --port`
+        : `cannot listen on ${host} port ${port}: ${error instanceof Error ? error.message : code}`;
+    process.stderr.write(`tidegate: ${reason}\n`);
+    process.exit(1);
+  });
+  const shown = isLoopback(host) || host === "0.0.0.0" || host === "::" ? "127.0.0.1" : host;
+  process.stderr.write(
+    banner({
+      version: manifest.version,
+      runtime: RUNTIME,
+      url: `http://${shown.includes(":") ? `[${shown}]` : shown}:${server.port}`,
+      source:
+        config.backends.length > 0 ? source : `${source} (names no backends: looked for them)`,
+      startedInMs: performance.now() - began,
+      discovered: gateway.discovered,
+      snapshot: gateway.snapshot(),
+      metricsPath: config.metrics.enabled ? config.metrics.endpoint : null,
+      tracesTo: tracingWanted(config.telemetry, process.env)
+        ? (config.telemetry.otlpEndpoint ?? "as OTEL_* says")
+        : null,
+      needsKey: config.auth.keys.length > 0 || settings.environmentKeys.length > 0,
+      notes: settings.notes,
+      colour: forced || (colours && process.stderr.isTTY === true),
+    }),
+  );
+  await gateway.startTracing();
+
+  const signal = await stopping;
+  log.info("shutting down", {
+    signal,
+    delay_ms: config.drain.delayMs,
+    grace_ms: config.drain.graceMs,
+  });
+  gateway.startDraining();
+  await new Promise((resolve) => setTimeout(resolve, config.drain.delayMs));
+  server.stop();
+  const clean = await gateway.drain(config.drain.graceMs);
+  await gateway.close();
+  process.exit(clean ? 0 : 1);
+}
+
+await main();

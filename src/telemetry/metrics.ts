@@ -1,0 +1,243 @@
+import { Counter, Gauge, Histogram, Registry } from "prom-client";
+import type { MetricLabel } from "../config.ts";
+import type { Outcome } from "../core/outcome.ts";
+import type { Snapshot } from "../core/snapshot.ts";
+import type { RequestRecord } from "./record.ts";
+
+const SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600];
+const HEALTHS = ["healthy", "degraded", "unhealthy", "unknown"] as const;
+
+/** What a scrape reads beside what was counted. */
+export interface Gauges {
+  snapshot(): Snapshot;
+  usage(): {
+    backend: string;
+    slots: number;
+    models: { model: string; running: number; waiting: number }[];
+  }[];
+  /** The records of the requests that are in the house. */
+  running(): Iterable<Pick<RequestRecord, "model" | "backend_id">>;
+  heldBytes(): number;
+}
+
+/** What a request's record does not say. */
+export interface Extras {
+  cachedTokens: number | null;
+  /** Mean time between two tokens of this answer. */
+  interTokenMs: number | null;
+  /** An engine saw it. */
+  dispatched: boolean;
+}
+
+type Process = {
+  memoryUsage: { rss(): number };
+  cpuUsage(): { user: number; system: number };
+};
+
+/** Prometheus metrics. Label values come from configuration and snapshot, never from a client. */
+export class Metrics {
+  readonly #registry = new Registry();
+  readonly #labels: readonly MetricLabel[];
+  readonly #requests;
+  readonly #attempts;
+  readonly #retries;
+  readonly #endings;
+  readonly #aborts;
+  readonly #refusals;
+  readonly #tokens;
+  readonly #ttft;
+  readonly #interToken;
+  readonly #duration;
+  readonly #queueWait;
+
+  constructor(
+    labels: readonly MetricLabel[],
+    gauges: Gauges,
+    build: { version: string; runtime: string; process: Process },
+  ) {
+    this.#labels = labels;
+    this.#requests = this.#counter("requests_total", "Requests, each once, at its end", labels);
+    this.#attempts = this.#counter("attempts_total", "Requests sent to engines, by verdict", [
+      "backend_id",
+      "outcome",
+    ]);
+    this.#retries = this.#counter("retries_total", "Attempts that were tried again elsewhere", [
+      "backend_id",
+      "cause",
+    ]);
+    this.#endings = this.#counter("endings_total", "How requests ended", [
+      "model",
+      "ending",
+      "cause",
+    ]);
+    this.#aborts = this.#counter("aborts_total", "Clients that left, by phase", ["model", "phase"]);
+    this.#refusals = this.#counter(
+      "refusals_total",
+      "Requests refused before any engine saw them",
+      ["model", "cause"],
+    );
+    this.#tokens = this.#counter("tokens_total", "Tokens", ["model", "backend_id", "type"]);
+    this.#ttft = this.#histogram("ttft_seconds", "From accept to the first token, streams");
+    this.#interToken = this.#histogram(
+      "inter_token_seconds",
+      "Mean time between tokens, per stream",
+    );
+    this.#duration = this.#histogram(
+      "request_duration_seconds",
+      "From accept to the end of the body",
+    );
+    this.#queueWait = this.#histogram(
+      "queue_wait_seconds",
+      "Waiting for a slot, requests that were admitted",
+    );
+    this.#observe(gauges);
+    this.#observeProcess(build);
+  }
+
+  get contentType(): string {
+    return this.#registry.contentType;
+  }
+
+  text(): Promise<string> {
+    return this.#registry.metrics();
+  }
+
+  attempt(backend: string, outcome: Outcome): void {
+    this.#attempts.inc({ backend_id: backend, outcome });
+  }
+
+  retry(backend: string, cause: string): void {
+    this.#retries.inc({ backend_id: backend, cause });
+  }
+
+  request(record: RequestRecord, extras: Extras): void {
+    const model = record.model ?? "none";
+    const backend_id = record.backend_id ?? "none";
+    const own: Record<MetricLabel, string> = {
+      model,
+      backend_id,
+      cache_hit: String(record.cache_hit),
+      status: String(record.status),
+      tenant: record.tenant ?? "none",
+      endpoint: record.endpoint,
+    };
+    this.#requests.inc(Object.fromEntries(this.#labels.map((label) => [label, own[label]])));
+    const cause = record.cause ?? "none";
+    this.#endings.inc({ model, ending: record.ending, cause });
+    if (record.ending === "cancelled") this.#aborts.inc({ model, phase: cause });
+    if (record.ending === "failed" && !extras.dispatched) this.#refusals.inc({ model, cause });
+    const tokens = [
+      ["input", record.tokens_input],
+      ["output", record.tokens_generated],
+      ["cached", extras.cachedTokens],
+    ] as const;
+    for (const [type, count] of tokens) {
+      if (count) this.#tokens.inc({ model, backend_id, type }, count);
+    }
+    const where = { model, backend_id };
+    this.#duration.observe(where, record.latency_ms / 1000);
+    if (record.ttft !== null) this.#ttft.observe(where, record.ttft / 1000);
+    if (extras.interTokenMs !== null) this.#interToken.observe(where, extras.interTokenMs / 1000);
+    if (extras.dispatched) this.#queueWait.observe(where, record.queue_ms / 1000);
+  }
+
+  #counter<Label extends string>(name: string, help: string, labels: readonly Label[]) {
+    return new Counter({
+      name: `tidegate_${name}`,
+      help,
+      labelNames: [...labels],
+      registers: [this.#registry],
+    });
+  }
+
+  #histogram(name: string, help: string) {
+    return new Histogram({
+      name: `tidegate_${name}`,
+      help,
+      labelNames: ["model", "backend_id"] as const,
+      buckets: SECONDS,
+      registers: [this.#registry],
+    });
+  }
+
+  #gauge<Label extends string>(
+    name: string,
+    help: string,
+    labels: readonly Label[],
+    read: (set: (labels: Record<Label, string>, value: number) => void) => void,
+  ) {
+    new Gauge({
+      name,
+      help,
+      labelNames: [...labels],
+      registers: [this.#registry],
+      collect() {
+        this.reset();
+        read((values, value) => this.inc(values, value));
+      },
+    });
+  }
+
+  #observe({ snapshot, usage, running, heldBytes }: Gauges) {
+    const pair = ["model", "backend_id"] as const;
+    this.#gauge("tidegate_requests_in_flight", "Requests in the house", pair, (add) => {
+      for (const { model, backend_id } of running()) {
+        add({ model: model ?? "none", backend_id: backend_id ?? "none" }, 1);
+      }
+    });
+    this.#gauge("tidegate_queue_requests", "Requests that wait for a slot", ["model"], (add) => {
+      for (const { models } of usage()) {
+        for (const { model, waiting } of models) add({ model }, waiting);
+      }
+    });
+    this.#gauge("tidegate_slots", "Requests at once", ["backend_id"], (add) => {
+      for (const { backend, slots } of usage()) add({ backend_id: backend }, slots);
+    });
+    this.#gauge("tidegate_slots_in_use", "Slots that are taken", pair, (add) => {
+      for (const { backend, models } of usage()) {
+        for (const { model, running: used } of models) add({ model, backend_id: backend }, used);
+      }
+    });
+    const state = ["backend_id", "state"] as const;
+    this.#gauge("tidegate_backend_health", "1 for the state it is in", state, (add) => {
+      for (const { id, health } of snapshot().backends) {
+        for (const each of HEALTHS) add({ backend_id: id, state: each }, each === health ? 1 : 0);
+      }
+    });
+    this.#gauge("tidegate_held_body_bytes", "Request bodies in memory", [], (add) => {
+      add({}, heldBytes());
+    });
+  }
+
+  #observeProcess({
+    version,
+    runtime,
+    process,
+  }: {
+    version: string;
+    runtime: string;
+    process: Process;
+  }) {
+    const startedAt = Date.now() / 1000;
+    this.#gauge("tidegate_build_info", "Always 1", ["version", "runtime"], (add) => {
+      add({ version, runtime }, 1);
+    });
+    this.#gauge("process_resident_memory_bytes", "Resident memory", [], (add) => {
+      add({}, process.memoryUsage.rss());
+    });
+    this.#gauge("process_start_time_seconds", "Start, Unix seconds", [], (add) => {
+      add({}, startedAt);
+    });
+    const cpu = new Counter({
+      name: "process_cpu_seconds_total",
+      help: "User and system CPU time",
+      registers: [this.#registry],
+      collect() {
+        const { user, system } = process.cpuUsage();
+        this.reset();
+        this.inc((user + system) / 1e6);
+      },
+    });
+    void cpu;
+  }
+}
