@@ -84,7 +84,10 @@ export function createApp(plane: Plane, { version, readiness }: AppOptions): Hon
   app.use(async (context, next) => {
     checkOrigin(context.req.raw.headers, plane.access);
     await next();
-    context.header("x-request-id", crypto.randomUUID());
+    if (context.res.headers.has("x-request-id")) return;
+    const id = crypto.randomUUID();
+    context.header("x-request-id", id);
+    if (isAnthropic(context)) context.header("request-id", id);
   });
   app.use("/v1/*", async (context, next) => {
     identify(context.req.raw.headers, plane.access);

@@ -162,14 +162,14 @@ function crossCheck(raw: unknown): Mistake[] {
         suggestion: null,
       });
     }
-    const fallback = model["fallback"] === undefined ? [] : [model["fallback"]].flat();
+    const fallback = [model["fallback"]].flat().filter((each) => typeof each === "string");
     for (const each of fallback) {
-      if (!allNamed || names.has(String(each))) continue;
+      if (!allNamed || names.has(each)) continue;
       mistakes.push({
         path: pathText(["models", name, "fallback"]),
         value: each,
         expected: `a model of a backend: ${[...names].join(", ")}`,
-        suggestion: suggest(String(each), names),
+        suggestion: suggest(each, names),
       });
     }
   }

@@ -3,6 +3,7 @@ import { parseArgs } from "node:util";
 import { serve as serveNode } from "@hono/node-server";
 import manifest from "../package.json" with { type: "json" };
 import { banner } from "./banner.ts";
+import { suggest } from "./core/suggest.ts";
 import { startGateway, type Gateway } from "./gateway.ts";
 import { ConfigError, isLoopback, loadSettings, type Flags, type Settings } from "./load.ts";
 import { runtimeProblem } from "./runtime.ts";
@@ -36,27 +37,30 @@ function usageError(message: string): never {
   process.exit(2);
 }
 
+const OPTIONS = {
+  config: { type: "string" },
+  port: { type: "string" },
+  host: { type: "string" },
+  "log-level": { type: "string" },
+  check: { type: "boolean", default: false },
+  json: { type: "boolean", default: false },
+  help: { type: "boolean", default: false },
+  version: { type: "boolean", default: false },
+} as const;
+
 function readFlags() {
   try {
-    const { values } = parseArgs({
-      options: {
-        config: { type: "string" },
-        port: { type: "string" },
-        host: { type: "string" },
-        "log-level": { type: "string" },
-        check: { type: "boolean", default: false },
-        json: { type: "boolean", default: false },
-        help: { type: "boolean", default: false },
-        version: { type: "boolean", default: false },
-      },
-    });
+    const { values } = parseArgs({ options: OPTIONS });
     if (values.port !== undefined && !/^\d+$/.test(values.port)) {
       usageError(`--port needs a number, not "${values.port}"`);
     }
     if (values.json && !values.check) usageError("--json goes with --check");
     return values;
   } catch (error) {
-    usageError(error instanceof Error ? error.message : String(error));
+    const message = error instanceof Error ? error.message : String(error);
+    const [, unknown = ""] = /Unknown option '--([^']+)'/.exec(message) ?? [];
+    const meant = suggest(unknown, Object.keys(OPTIONS));
+    usageError(meant === null ? message : `${message}; did you mean --${meant}?`);
   }
 }
 
@@ -81,9 +85,12 @@ async function load(flags: ReturnType<typeof readFlags>): Promise<Settings> {
 
 interface Listening {
   port: number;
-  /** Accepts nothing further; running answers go on. */
-  stop(): void;
+  /** Accepts nothing further; running answers go on. Resolves when the last byte is out. */
+  stop(): Promise<void>;
 }
+
+/** How long what was written last may take to leave. */
+const FLUSH_MS = 1000;
 
 async function listen(gateway: Gateway, hostname: string, port: number): Promise<Listening> {
   if (typeof Bun !== "undefined") {
@@ -96,7 +103,7 @@ async function listen(gateway: Gateway, hostname: string, port: number): Promise
       maxRequestBodySize: Number.MAX_SAFE_INTEGER,
       fetch: (request) => gateway.fetch(request),
     });
-    return { port: server.port ?? port, stop: () => void server.stop() };
+    return { port: server.port ?? port, stop: () => server.stop() };
   }
   // Deno.serve does not report a client that leaves before the response begins.
   const { promise, resolve, reject } = Promise.withResolvers<number>();
@@ -104,7 +111,8 @@ async function listen(gateway: Gateway, hostname: string, port: number): Promise
     resolve(info.port),
   );
   server.on("error", reject);
-  return { port: await promise, stop: () => void server.close() };
+  const closed = () => new Promise<void>((done) => server.close(() => done()));
+  return { port: await promise, stop: closed };
 }
 
 /** Resolves at the first signal; a second one ends the process at once. */
@@ -210,9 +218,10 @@ async function main(): Promise<void> {
   });
   gateway.startDraining();
   await new Promise((resolve) => setTimeout(resolve, config.drain.delayMs));
-  server.stop();
+  const stopped = server.stop();
   const clean = await gateway.drain(config.drain.graceMs);
-  await gateway.close();
+  const flushed = new Promise((resolve) => setTimeout(resolve, FLUSH_MS));
+  await Promise.all([Promise.race([stopped, flushed]), gateway.close()]);
   process.exit(clean ? 0 : 1);
 }
 

@@ -109,9 +109,7 @@ export function step(state: SchedulerState, event: SchedulerEvent, now: number):
       break;
     }
     case "recall":
-      for (const lane of state.lanes.values()) {
-        for (const ticket of [...lane.queue]) reselect(state, ticket, effects);
-      }
+      for (const lane of state.lanes.values()) recall(state, lane, effects);
       break;
     case "timer":
       expire(state, now, effects);
@@ -181,6 +179,12 @@ function reselect(state: SchedulerState, ticket: Ticket, effects: SchedulerEffec
   if (take(state, ticket)) effects.push({ type: "reselect", ticket });
 }
 
+function recall(state: SchedulerState, lane: Lane, effects: SchedulerEffect[]) {
+  for (let head = lane.queue[0]; head !== undefined; head = lane.queue[0]) {
+    reselect(state, head, effects);
+  }
+}
+
 function complete(state: SchedulerState, ticket: Ticket, serviceMs: number) {
   const lane = state.lanes.get(ticket.model);
   state.backend.used--;
@@ -229,9 +233,7 @@ function configure(
   for (const [model, lane] of state.lanes) {
     const gone = !planned.has(model);
     if (gone) lane.slots.limit = 0;
-    if (gone || !plan.available) {
-      for (const ticket of [...lane.queue]) reselect(state, ticket, effects);
-    }
+    if (gone || !plan.available) recall(state, lane, effects);
     // A lane with running requests stays, or their completion would find no counters to lower.
     if (gone && lane.slots.used === 0) state.lanes.delete(model);
   }
@@ -239,8 +241,7 @@ function configure(
 
 function expire(state: SchedulerState, now: number, effects: SchedulerEffect[]) {
   for (const lane of state.lanes.values()) {
-    for (const ticket of [...lane.queue]) {
-      if (ticket.deadlineAt > now) continue;
+    for (const ticket of lane.queue.filter((each) => each.deadlineAt <= now)) {
       take(state, ticket);
       effects.push({ type: "expire", ticket, retryAfterMs: waitOf(lane) });
     }

@@ -371,8 +371,8 @@ function judgeWhole(exchange: Exchange, attempt: UpstreamAttempt, bytes: Uint8Ar
   try {
     parsed = JSON.parse(text);
   } catch (error) {
-    // What begins like an answer and does not parse has most likely been cut.
-    if (/^\s*\{/.test(text)) throw incomplete(backend, String(error));
+    // What begins like an answer and has no end has been cut.
+    if (/^\s*\{/.test(text) && !/\}\s*$/.test(text)) throw incomplete(backend, String(error));
     throw invalid(backend, "something that is not JSON", text);
   }
   if (isRecord(parsed) && exchange.endpoint.readWhole(parsed, attempt.facts)) return;

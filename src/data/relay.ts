@@ -8,6 +8,7 @@ import { FRAME_BYTES, type Reply, type UpstreamAttempt } from "./forward.ts";
 import type { Plane } from "./plane.ts";
 import { Tap } from "./tap.ts";
 
+const LF = 0x0a;
 const encoder = new TextEncoder();
 
 /** `cancel` is called when the reader goes away; newer than the type in the DOM library. */
@@ -76,6 +77,7 @@ export class Relay {
     const hideUsage = exchange.endpoint.usageOnRequest && exchange.view?.includeUsage !== true;
     this.#tap = new Tap(exchange.endpoint, attempt.facts, hideUsage, () => this.#token());
     exchange.phase = "streaming";
+    this.#lastChunkAt = this.#plane.now();
     if (!exchange.opened) this.#watch();
     exchange.opened = true;
     this.#chunk(head);
@@ -151,10 +153,11 @@ export class Relay {
     if (exchange.ended) return;
     const facts = this.#attempt?.facts;
     const rest = concat(this.#held);
-    // The last event may lack its blank line.
-    if (rest.length > this.#released) this.#tap?.frame(concat([rest, encoder.encode("\n\n")]));
+    // The last event may lack its blank line, but not the end of its own.
+    const closed = rest.at(-1) === LF;
+    if (closed) this.#tap?.frame(concat([rest, encoder.encode("\n")]));
     if (facts !== undefined && isWhole(facts)) {
-      if (rest.length > this.#released) this.#write(rest.subarray(this.#released));
+      if (closed) this.#write(rest.subarray(this.#released));
       this.#terminated = true;
       exchange.complete();
       this.#terminate();
@@ -249,7 +252,7 @@ export class Relay {
       next = Math.min(next, heartbeatMs);
     }
     // What is in the way now may be gone in a moment.
-    if (!mayBeat) next = Math.min(next, 1000);
+    if (!mayBeat) next = Math.min(next, heartbeatMs || 1000, clientMs || 1000, 1000);
     if (next < Infinity) this.#exchange.after(next, () => this.#watch());
   }
 }

@@ -102,7 +102,8 @@ const chunked = {
   keys: VIEW_KEYS,
   view: readView,
   usageOnRequest: true,
-  telling: /"finish_reason"\s*:\s*"|"usage"\s*:\s*\{|"error"\s*:\s*[{"]/,
+  // A further choice is told as well: the answer is whole when every choice is finished.
+  telling: /"finish_reason"\s*:\s*"|"usage"\s*:\s*\{|"error"\s*:\s*[{"]|"index"\s*:\s*[1-9]/,
   deltaMark: '"choices"',
   readEvent: readChunk,
   readWhole: readChoices,

@@ -209,7 +209,11 @@ export function readRefusal(
     const error = new GatewayError("rate_limit_exceeded", message, { ...details, retryAfterMs });
     return { fault: "busy", error };
   }
-  const missingPath = status === 404 && kind === "openai" && !CORE_PATHS.has(endpoint.path);
+  const missingPath =
+    status === 404 &&
+    kind === "openai" &&
+    !CORE_PATHS.has(endpoint.path) &&
+    !/model .*(?:not found|not exist)/i.test(words);
   if (status === 501 || missingPath) {
     const message = `this model's backend does not do ${endpoint.path}; ${said}`;
     return {

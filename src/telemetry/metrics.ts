@@ -9,15 +9,15 @@ const HEALTHS = ["healthy", "degraded", "unhealthy", "unknown"] as const;
 
 /** What a scrape reads beside what was counted. */
 export interface Gauges {
-  snapshot(): Snapshot;
-  usage(): {
+  snapshot: () => Snapshot;
+  usage: () => {
     backend: string;
     slots: number;
     models: { model: string; running: number; waiting: number }[];
   }[];
   /** The records of the requests that are in the house. */
-  running(): Iterable<Pick<RequestRecord, "model" | "backend_id">>;
-  heldBytes(): number;
+  running: () => Iterable<Pick<RequestRecord, "model" | "backend_id">>;
+  heldBytes: () => number;
 }
 
 /** What a request's record does not say. */
@@ -33,6 +33,24 @@ type Process = {
   memoryUsage: { rss(): number };
   cpuUsage(): { user: number; system: number };
 };
+
+const DELAY_SAMPLE_MS = 100;
+const DELAY_SAMPLES = 100;
+
+/** By how many milliseconds timers were late, over the last ten seconds. */
+function watchEventLoop(): number[] {
+  const delays = Array.from({ length: DELAY_SAMPLES }, () => 0);
+  let at = 0;
+  let last = performance.now();
+  const timer = setInterval(() => {
+    const now = performance.now();
+    delays[at] = Math.max(0, now - last - DELAY_SAMPLE_MS);
+    at = (at + 1) % DELAY_SAMPLES;
+    last = now;
+  }, DELAY_SAMPLE_MS);
+  timer.unref();
+  return delays;
+}
 
 /** Prometheus metrics. Label values come from configuration and snapshot, never from a client. */
 export class Metrics {
@@ -219,6 +237,10 @@ export class Metrics {
     process: Process;
   }) {
     const startedAt = Date.now() / 1000;
+    const delays = watchEventLoop();
+    this.#gauge("tidegate_event_loop_delay_seconds", "Worst of the last 10 s", [], (add) => {
+      add({}, Math.max(...delays) / 1000);
+    });
     this.#gauge("tidegate_build_info", "Always 1", ["version", "runtime"], (add) => {
       add({ version, runtime }, 1);
     });
