@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Everything that has to be green at every commit: format, lint, types, dead code, tests on both runtimes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bun run setup
+bun run setup:tools
+export PATH="$PWD/tools/node_modules/.bin:$PWD/node_modules/.bin:$PATH"
+
+step() {
+  printf '\n== %s\n' "$*"
+  "$@"
+}
+
+step oxfmt --check src test bench gateway.config.ts
+step oxlint --type-aware src test bench gateway.config.ts
+step tsc -p .
+step knip
+step bun test test/
+step deno task test
