@@ -97,10 +97,11 @@ export async function admit(
     }
   } finally {
     places.delete(exchange);
-    endSpan?.();
-    const waited = plane.now() - startedAt;
-    exchange.timing.queue = (exchange.timing.queue ?? 0) + waited;
-    exchange.record.queue_ms = Math.round(exchange.timing.queue);
+    if (endSpan !== null) {
+      endSpan();
+      exchange.timing.queue = (exchange.timing.queue ?? 0) + plane.now() - startedAt;
+      exchange.record.queue_ms = Math.round(exchange.timing.queue);
+    }
   }
 }
 

@@ -108,6 +108,12 @@ export class Exchange {
     };
   }
 
+  /** The answer is under way and no retry can follow: the client's bytes are not needed any more. */
+  dropBody(): void {
+    this.body?.drop();
+    this.body = null;
+  }
+
   /** Runs `act` after `ms` unless the exchange ends before. @returns stops the clock. */
   after(ms: number, act: () => void): () => void {
     const timer = setTimeout(
@@ -201,7 +207,7 @@ export class Exchange {
 
 /** Header values are Latin-1 at most; a model's name may be anything. */
 function headerText(text: string): string {
-  return text.replaceAll(/[^\u0020-\u007E]/g, (character) => encodeURIComponent(character));
+  return text.toWellFormed().replaceAll(/[^\u0020-\u007E]/gu, encodeURIComponent);
 }
 
 function fillTokens(record: RequestRecord, facts: AnswerFacts) {

@@ -3,7 +3,9 @@ import { asGatewayError, GatewayError } from "../errors.ts";
 import { accept } from "./accept.ts";
 import { admit, resolveModel } from "./admit.ts";
 import { Exchange } from "./exchange.ts";
-import { AttemptFailed, forward, totalMsOf, UpstreamAttempt, type Reply } from "./forward.ts";
+import { AttemptFailed, UpstreamAttempt } from "./attempt.ts";
+import { forward, totalMsOf } from "./forward.ts";
+import type { Reply } from "./inspect.ts";
 import { checkOrigin, identify } from "./identify.ts";
 import type { Plane } from "./plane.ts";
 import { Relay, relayUnseen } from "./relay.ts";
@@ -64,7 +66,7 @@ function answerStream(exchange: Exchange, plane: Plane): Promise<Response> {
         stop();
         if (exchange.opened) relay.explain(exchange.explain());
         else respond(reply.contentType, reply.cacheControl);
-        exchange.body?.drop();
+        exchange.dropBody();
         relay.relay(reply);
       })
       // An opened answer has its error in the stream already; nobody reads this response then.
@@ -88,7 +90,7 @@ async function answerWhole(exchange: Exchange, plane: Plane): Promise<Response> 
     "content-type": reply.contentType,
   };
   if (reply.cacheControl !== null) headers["cache-control"] = reply.cacheControl;
-  exchange.body?.drop();
+  exchange.dropBody();
   if (reply.rest !== null) return new Response(relayUnseen(exchange, reply), { headers });
   exchange.complete();
   return new Response(reply.head as Uint8Array<ArrayBuffer>, { headers });

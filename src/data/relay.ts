@@ -4,7 +4,8 @@ import { isWhole } from "../dialects/dialect.ts";
 import { GatewayError, quote } from "../errors.ts";
 import { waitingOf } from "./admit.ts";
 import type { Exchange } from "./exchange.ts";
-import { FRAME_BYTES, type Reply, type UpstreamAttempt } from "./forward.ts";
+import type { UpstreamAttempt } from "./attempt.ts";
+import { FRAME_BYTES, type Reply } from "./inspect.ts";
 import type { Plane } from "./plane.ts";
 import { Tap } from "./tap.ts";
 
@@ -153,11 +154,9 @@ export class Relay {
     if (exchange.ended) return;
     const facts = this.#attempt?.facts;
     const rest = concat(this.#held);
-    // The last event may lack its blank line, but not the end of its own.
-    const closed = rest.at(-1) === LF;
-    if (closed) this.#tap?.frame(concat([rest, encoder.encode("\n")]));
     if (facts !== undefined && isWhole(facts)) {
-      if (closed) this.#write(rest.subarray(this.#released));
+      // An end marker may lack its blank line. An event without one is dropped, as clients do.
+      if (rest.at(-1) === LF) this.#write(rest.subarray(this.#released));
       this.#terminated = true;
       exchange.complete();
       this.#terminate();
@@ -184,7 +183,7 @@ export class Relay {
   #engineError(words: string) {
     const backend = quote(this.#attempt?.permit.target.backend ?? "");
     const message = `backend ${backend} reported an error in its stream`;
-    const error = new GatewayError("upstream_error", message, { detail: words.slice(0, 2000) });
+    const error = new GatewayError("upstream_error", message, { detail: words.slice(0, 500) });
     this.#terminated = true;
     this.#exchange.fail(error, "failure");
     this.#terminate();

@@ -201,7 +201,9 @@ export function readRefusal(
   text: string,
 ): Refusal {
   const { words, type, code } = refusalOf(text);
-  const details = { detail: `HTTP ${status}: ${text.slice(0, 2000)}` };
+  // A refusal of the request may repeat the prompt: of that the log only gets what kind it was.
+  const kindOfError = `HTTP ${status} ${type ?? ""} ${code ?? ""}`.trim();
+  const details = { detail: status < 500 ? kindOfError : `${kindOfError}: ${words.slice(0, 500)}` };
   const said = `backend ${quote(backend)} answered HTTP ${status}: ${cited(words)}`;
   if (status === 429 || status === 503) {
     const message = `every backend with this model is busy, try again; ${said}`;

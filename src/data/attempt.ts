@@ -1,0 +1,86 @@
+import { judge, type Fault, type Outcome, type Retry } from "../core/outcome.ts";
+import { emptyFacts, type AnswerFacts } from "../dialects/dialect.ts";
+import { GatewayError } from "../errors.ts";
+import type { Permit } from "../fleet/fleet.ts";
+import type { AttemptTrace } from "../telemetry/tracing.ts";
+import type { Attempt } from "./exchange.ts";
+import type { Plane } from "./plane.ts";
+
+/** An attempt that brought no answer. Nothing of it has reached the client. */
+export class AttemptFailed extends Error {
+  override readonly name = "AttemptFailed";
+  readonly error: GatewayError;
+  readonly fault: Fault;
+
+  constructor(fault: Fault, error: GatewayError) {
+    super(error.message);
+    this.error = error;
+    this.fault = fault;
+  }
+
+  get outcome(): Outcome {
+    return judge(this.fault).outcome;
+  }
+
+  get retry(): Retry {
+    return judge(this.fault).retry;
+  }
+}
+
+/** One request to one backend: the permit, the connection and the span, ended together. */
+export class UpstreamAttempt implements Attempt {
+  readonly facts: AnswerFacts = emptyFacts();
+  readonly permit: Permit;
+  readonly sentAt: number;
+  /** When the first token came, on the clock of the plane. */
+  firstTokenAt: number | null = null;
+  /** Held to the end: Deno forgets to abort a fetch whose Response has been collected. */
+  response: Response | null = null;
+  reader: ReadableStreamDefaultReader<Uint8Array> | null = null;
+
+  readonly #plane: Plane;
+  readonly #controller = new AbortController();
+  readonly #trace: AttemptTrace;
+  #ended = false;
+
+  constructor(plane: Plane, permit: Permit, trace: AttemptTrace) {
+    this.#plane = plane;
+    this.permit = permit;
+    this.#trace = trace;
+    this.sentAt = plane.now();
+  }
+
+  get signal(): AbortSignal {
+    return this.#controller.signal;
+  }
+
+  get traceHeaders(): Record<string, string> {
+    return this.#trace.headers;
+  }
+
+  /** The answer's headers are here; one that comes too late is closed at once. */
+  hold(response: Response): void {
+    this.response = response;
+    if (this.#ended) this.close(ATTEMPT_ENDED);
+  }
+
+  /** Stops the engine. Bun needs the abort, Deno the cancelled body. */
+  close(reason: GatewayError): void {
+    this.#controller.abort(reason);
+    const body = this.reader ?? this.response?.body;
+    body?.cancel(reason).catch(() => {});
+  }
+
+  end(outcome: Outcome, cause: string | null): void {
+    if (this.#ended) return;
+    this.#ended = true;
+    if (outcome !== "success") this.close(ATTEMPT_ENDED);
+    const first = this.firstTokenAt;
+    this.#trace.end(this.facts, first === null ? null : first - this.sentAt, cause);
+    this.#plane.metrics?.attempt(this.permit.target.backend, outcome);
+    this.permit.release(outcome);
+  }
+}
+
+/** Made once: an Error of our own as the reason, without the cost of a stack per request. */
+const ATTEMPT_ENDED = new GatewayError("client_closed_request", "the attempt has ended");
