@@ -44,8 +44,8 @@ try() {
   began=$(date +%s%N)
   (
     cd "$parent/tidegate"
-    exec env -u BUN_INSTALL -u BUN_INSTALL_CACHE_DIR -u DENO_DIR -u DENO_INSTALL -u XDG_CACHE_HOME \
-      HOME="$home" TMPDIR="$home" npm_config_cache="$home/npm" PATH="$path" PORT="$port" setsid "$@"
+    exec setsid env -u BUN_INSTALL -u BUN_INSTALL_CACHE_DIR -u DENO_DIR -u DENO_INSTALL -u XDG_CACHE_HOME \
+      HOME="$home" TMPDIR="$home" npm_config_cache="$home/npm" PATH="$path" PORT="$port" "$@"
   ) >"$log" 2>&1 &
   pid=$!
   local code=000

@@ -121,7 +121,7 @@ export async function peek(
     });
     exchange.check();
     if (done) throw incomplete(backend, "no event at all");
-    attempt.permit.flowed();
+    attempt.permit.flowed(plane.now());
     parts.push(value);
     length += value.length;
     parser.feed(decoder.decode(value, { stream: true }));
@@ -183,7 +183,7 @@ export async function readWhole(
     });
     exchange.check();
     if (done) break;
-    attempt.permit.flowed();
+    attempt.permit.flowed(plane.now());
     parts.push(value);
     length += value.length;
     if (length > plane.config.limits.bufferBytes) {

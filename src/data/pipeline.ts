@@ -91,7 +91,7 @@ async function answerWhole(exchange: Exchange, plane: Plane): Promise<Response> 
   };
   if (reply.cacheControl !== null) headers["cache-control"] = reply.cacheControl;
   exchange.dropBody();
-  if (reply.rest !== null) return new Response(relayUnseen(exchange, reply), { headers });
+  if (reply.rest !== null) return new Response(relayUnseen(exchange, plane, reply), { headers });
   exchange.complete();
   return new Response(reply.head as Uint8Array<ArrayBuffer>, { headers });
 }

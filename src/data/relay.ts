@@ -3,6 +3,7 @@ import { concat } from "../core/splice.ts";
 import { isWhole } from "../dialects/dialect.ts";
 import { GatewayError, quote } from "../errors.ts";
 import { waitingOf } from "./admit.ts";
+import { rounded } from "../telemetry/record.ts";
 import type { Exchange } from "./exchange.ts";
 import type { UpstreamAttempt } from "./attempt.ts";
 import { FRAME_BYTES, type Reply } from "./inspect.ts";
@@ -35,6 +36,8 @@ export class Relay {
   #held: Uint8Array[] = [];
   #heldBytes = 0;
   #released = 0;
+  /** The beginning of this frame was too much to keep: the tap cannot read it. */
+  #blind = false;
   #lastChunkAt = 0;
   #lastWriteAt: number;
   #terminated = false;
@@ -90,62 +93,72 @@ export class Relay {
   }
 
   #token() {
-    const now = this.#plane.now();
+    const now = this.#lastChunkAt;
     const exchange = this.#exchange;
     exchange.lastTokenAt = now;
     if (exchange.firstTokenAt !== null) return;
     exchange.firstTokenAt = now;
     if (this.#attempt !== null) this.#attempt.firstTokenAt = now;
-    exchange.record.ttft = Math.round((now - exchange.receivedAt) * 1000) / 1000;
+    exchange.record.ttft = rounded(now - exchange.receivedAt);
     exchange.trace.event("first_token");
   }
 
-  #write(bytes: Uint8Array) {
-    this.#lastWriteAt = this.#plane.now();
+  #write(bytes: Uint8Array, now: number = this.#plane.now()) {
+    this.#lastWriteAt = now;
     this.#controller.enqueue(bytes);
   }
 
   #chunk(chunk: Uint8Array) {
     if (this.#exchange.ended || chunk.length === 0) return;
-    this.#lastChunkAt = this.#plane.now();
-    this.#attempt?.permit.flowed();
+    const now = this.#plane.now();
+    this.#lastChunkAt = now;
+    this.#attempt?.permit.flowed(now);
     const ends = this.#cutter.cut(chunk);
     if (ends.length === 0) return this.#hold(chunk);
     // Offsets move by what was held back from earlier chunks.
     const before = this.#heldBytes;
     const bytes = before === 0 ? chunk : concat([...this.#held, chunk]);
     let from = this.#released;
+    let blind = this.#blind;
     this.#held = [];
     this.#heldBytes = 0;
     this.#released = 0;
+    this.#blind = false;
     let start = 0;
     for (const offset of ends) {
       const end = before + offset;
-      const verdict = this.#tap?.frame(bytes.subarray(start, end)) ?? "pass";
+      const verdict = blind ? "pass" : this.#tap?.frame(bytes.subarray(start, end));
+      blind = false;
       if (verdict === "hide" && from <= start) {
-        if (from < start) this.#write(bytes.subarray(from, start));
+        if (from < start) this.#write(bytes.subarray(from, start), now);
         from = end;
       }
       start = end;
-      if (this.#attempt?.facts.error !== null && this.#attempt !== null) {
+      if (this.#attempt !== null && this.#attempt.facts.error !== null) {
         // Whatever an engine sends after its own error is no part of an answer.
-        this.#write(bytes.subarray(from, end));
+        this.#write(bytes.subarray(from, end), now);
         return this.#engineError(this.#attempt.facts.error);
       }
     }
-    if (from < start) this.#write(bytes.subarray(from, start));
+    if (from < start) this.#write(bytes.subarray(from, start), now);
     if (start < bytes.length) this.#hold(bytes.subarray(start));
   }
 
+  /** Keeps back what is not a whole event yet; what is too long to wait for goes on as it comes. */
   #hold(bytes: Uint8Array) {
+    const tooLong = this.#heldBytes > FRAME_BYTES || this.#blind;
     this.#held.push(bytes);
     this.#heldBytes += bytes.length;
-    if (this.#heldBytes <= FRAME_BYTES) return;
-    // Too long to wait for. It is kept for the tap, as far as memory allows.
-    const whole = concat(this.#held);
-    this.#write(whole.subarray(this.#released));
-    this.#released = whole.length;
-    this.#held = [whole];
+    if (tooLong) this.#write(bytes);
+    else if (this.#heldBytes > FRAME_BYTES) for (const part of this.#held) this.#write(part);
+    else return;
+    this.#released = this.#heldBytes;
+    // The tap would like to read all of it, as far as memory allows.
+    if (this.#heldBytes <= this.#plane.config.limits.bufferBytes && !this.#blind) return;
+    this.#held = [];
+    this.#heldBytes = 0;
+    this.#released = 0;
+    this.#blind = true;
   }
 
   /** A clean end of the engine's body: is the answer whole? */
@@ -159,7 +172,7 @@ export class Relay {
       if (rest.at(-1) === LF) this.#write(rest.subarray(this.#released));
       this.#terminated = true;
       exchange.complete();
-      this.#terminate();
+      this.#controller.terminate();
       return;
     }
     this.#fail("upstream_incomplete", "ended its stream before the answer was whole", "clean end");
@@ -186,7 +199,7 @@ export class Relay {
     const error = new GatewayError("upstream_error", message, { detail: words.slice(0, 500) });
     this.#terminated = true;
     this.#exchange.fail(error, "failure");
-    this.#terminate();
+    this.#controller.terminate();
   }
 
   /** The exchange has ended: whatever ended it, the client learns of it here, once. */
@@ -196,20 +209,12 @@ export class Relay {
     this.#terminated = true;
     if (error !== null && record.ending === "failed") {
       // A frame that was let go in part has to be closed before another can begin.
-      const gap = this.#released > 0 ? "\n\n" : "";
+      const gap = this.#released > 0 || this.#blind ? "\n\n" : "";
       this.#controller.enqueue(encoder.encode(gap + endpoint.dialect.errorEvent(error, id)));
-      this.#terminate();
+      this.#controller.terminate();
     } else if (record.ending === "cancelled") {
       // A client that stopped reading never drains what is queued: the connection has to go.
       this.#controller.error(error);
-    }
-  }
-
-  #terminate() {
-    try {
-      this.#controller.terminate();
-    } catch {
-      // The client's side is gone already.
     }
   }
 
@@ -268,14 +273,18 @@ const WORDS = {
  * An answer in one piece that is too large to hold: its bytes, unseen. When it breaks off the
  * connection breaks off too, since nothing else would be true.
  */
-export function relayUnseen(exchange: Exchange, reply: Reply): ReadableStream<Uint8Array> {
+export function relayUnseen(
+  exchange: Exchange,
+  plane: Plane,
+  reply: Reply,
+): ReadableStream<Uint8Array> {
   const { attempt, head, rest } = reply;
   exchange.phase = "streaming";
   exchange.opened = true;
   const transformer: CancellableTransformer = {
     start: (controller) => controller.enqueue(head),
     transform(chunk, controller) {
-      attempt.permit.flowed();
+      attempt.permit.flowed(plane.now());
       controller.enqueue(chunk);
     },
     flush: () => exchange.complete(),

@@ -40,8 +40,8 @@ export interface Permit {
   readonly engine: Engine;
   /** Idempotent. */
   release(outcome: Outcome): void;
-  /** Bytes of an answer arrived: the backend works, whatever a probe says. */
-  flowed(): void;
+  /** Bytes of an answer arrived at `at`: the backend works, whatever a probe says. */
+  flowed(at: number): void;
 }
 
 export type Admission =
@@ -303,8 +303,8 @@ export class Fleet {
         if (outcome === "failure") live.failedAt = now();
         complete();
       },
-      flowed() {
-        live.lastChunkAt = now();
+      flowed(at) {
+        live.lastChunkAt = at;
       },
     };
   }
