@@ -5,19 +5,11 @@ const ms = z.number().int().min(0);
 const size = z.number().int().min(1);
 const MIB = 1024 * 1024;
 
-export const KINDS = [
-  "ollama",
-  "openai",
-  "demo",
-  "llamacpp",
-  "vllm",
-  "lmstudio",
-  "sglang",
-] as const;
+const KINDS = ["ollama", "openai", "demo", "llamacpp", "vllm", "lmstudio", "sglang"] as const;
 export type Kind = (typeof KINDS)[number];
 
 /** A backend's URL is accepted with or without `/v1` and trailing slash; this is it without. */
-export function rootUrl(url: string): string {
+function rootUrl(url: string): string {
   return url.replace(/\/+$/, "").replace(/\/v1$/, "").replace(/\/+$/, "");
 }
 
@@ -57,14 +49,7 @@ const apiKey = z.union([
   }),
 ]);
 
-export const METRIC_LABELS = [
-  "model",
-  "backend_id",
-  "cache_hit",
-  "status",
-  "tenant",
-  "endpoint",
-] as const;
+const METRIC_LABELS = ["model", "backend_id", "cache_hit", "status", "tenant", "endpoint"] as const;
 export type MetricLabel = (typeof METRIC_LABELS)[number];
 
 // `.prefault({})`: an absent section is parsed like an empty one, so each default stands once.

@@ -1,5 +1,5 @@
 import { createApp } from "./app.ts";
-import type { BackendConfig, Config } from "./config.ts";
+import type { BackendConfig } from "./config.ts";
 import type { Snapshot } from "./core/snapshot.ts";
 import { discover, Prober, type Discovery } from "./control/probe.ts";
 import { Registry } from "./control/registry.ts";
@@ -160,5 +160,3 @@ function backendsFrom(discovered: readonly Discovery[]): BackendConfig[] {
   });
   return found.length > 0 ? found : [{ ...defaults, id: "demo", kind: "demo" }];
 }
-
-export type { Config };

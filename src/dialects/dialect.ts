@@ -98,7 +98,7 @@ export interface Endpoint {
 const optionalNumber = z.number().optional().catch(undefined);
 
 /** The keys of every inference request that the gateway acts on or reports. */
-export const viewSchema = z.object({
+const viewSchema = z.object({
   model: z.string().min(1),
   stream: z.boolean().nullish(),
   stream_options: z.object({ include_usage: z.boolean().nullish() }).nullish(),

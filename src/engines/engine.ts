@@ -69,7 +69,7 @@ type FetchInit = RequestInit & { timeout: false };
  * `fetch` as every call to an engine has to be made: a connection of its own (a reused one may be
  * stale, and Deno sends a POST twice when it dies), no redirects, no hidden clock.
  */
-export function freshFetch(url: string, init: RequestInit): Promise<Response> {
+function freshFetch(url: string, init: RequestInit): Promise<Response> {
   const fresh: FetchInit = { ...init, keepalive: false, redirect: "manual", timeout: false };
   return fetch(url, fresh);
 }
@@ -78,7 +78,7 @@ function authorization(connection: Connection): Record<string, string> {
   return connection.apiKey === null ? {} : { authorization: `Bearer ${connection.apiKey}` };
 }
 
-export function sendByFetch(connection: Connection, request: EngineRequest): Promise<Response> {
+function sendByFetch(connection: Connection, request: EngineRequest): Promise<Response> {
   return freshFetch(connection.url + request.path, {
     method: "POST",
     headers: {
@@ -135,7 +135,7 @@ function listed(item: Record<string, unknown>): ListedModel[] {
 }
 
 /** `GET /v1/models`, read leniently: `data` may be null, fields may be missing. */
-export async function lookAtModels(connection: Connection, signal: AbortSignal): Promise<Sighting> {
+async function lookAtModels(connection: Connection, signal: AbortSignal): Promise<Sighting> {
   const { status, body } = await ask(connection, "/v1/models", signal);
   if (isLoading(status, body)) return { loading: true, models: [] };
   if (status === 401 || status === 403) {
