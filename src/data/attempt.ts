@@ -42,6 +42,7 @@ export class UpstreamAttempt implements Attempt {
   readonly #controller = new AbortController();
   readonly #trace: AttemptTrace;
   #ended = false;
+  #drained = false;
 
   constructor(plane: Plane, permit: Permit, trace: AttemptTrace) {
     this.#plane = plane;
@@ -64,6 +65,11 @@ export class UpstreamAttempt implements Attempt {
     if (this.#ended) this.close(ATTEMPT_ENDED);
   }
 
+  /** The body has been read to its end: there is nothing to close any more. */
+  drained(): void {
+    this.#drained = true;
+  }
+
   /** Stops the engine. Bun needs the abort, Deno the cancelled body. */
   close(reason: GatewayError): void {
     this.#controller.abort(reason);
@@ -74,7 +80,7 @@ export class UpstreamAttempt implements Attempt {
   end(outcome: Outcome, cause: string | null): void {
     if (this.#ended) return;
     this.#ended = true;
-    if (outcome !== "success") this.close(ATTEMPT_ENDED);
+    if (!this.#drained) this.close(ATTEMPT_ENDED);
     const first = this.firstTokenAt;
     this.#trace.end(this.facts, first === null ? null : first - this.sentAt, cause);
     this.#plane.metrics?.attempt(this.permit.target.backend, outcome);

@@ -127,8 +127,9 @@ export class Exchange {
     return stop;
   }
 
-  /** The client left. */
+  /** The client left. SDKs do so at the end marker already: then the answer was whole. */
   cancel(): void {
+    if (this.phase === "streaming" && this.attempt?.facts.ended === true) return this.complete();
     const error = new GatewayError("client_closed_request", "the client left");
     this.#settle("cancelled", error, this.phase, "ignore");
   }

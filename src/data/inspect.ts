@@ -13,8 +13,8 @@ export interface Reply {
   cacheControl: string | null;
   /** What was read to look at it. */
   head: Uint8Array;
-  /** What is still to come; null when `head` is the whole answer. */
-  rest: ReadableStream<Uint8Array> | null;
+  /** `head` is not all: the attempt's reader has the rest. */
+  more: boolean;
   attempt: UpstreamAttempt;
 }
 
@@ -129,10 +129,8 @@ export async function peek(
   const [first] = events;
   if (first !== undefined) judgeFirst(exchange, backend, first);
   exchange.timing.first_token = plane.now() - attempt.sentAt - (exchange.timing.connect ?? 0);
-  reader.releaseLock();
-  attempt.reader = null;
   const cacheControl = response.headers.get("cache-control");
-  return { contentType, cacheControl, head: concat(parts), rest: response.body, attempt };
+  return { contentType, cacheControl, head: concat(parts), more: true, attempt };
 }
 
 function judgeFirst(exchange: Exchange, backend: string, data: string) {
@@ -187,15 +185,14 @@ export async function readWhole(
     parts.push(value);
     length += value.length;
     if (length > plane.config.limits.bufferBytes) {
-      reader.releaseLock();
-      attempt.reader = null;
-      return { contentType, cacheControl, head: concat(parts), rest: response.body, attempt };
+      return { contentType, cacheControl, head: concat(parts), more: true, attempt };
     }
   }
+  attempt.drained();
   exchange.timing.generate = plane.now() - headersAt;
   const head = concat(parts);
   judgeWhole(exchange, attempt, head);
-  return { contentType, cacheControl, head, rest: null, attempt };
+  return { contentType, cacheControl, head, more: false, attempt };
 }
 
 function judgeWhole(exchange: Exchange, attempt: UpstreamAttempt, bytes: Uint8Array) {

