@@ -1,0 +1,255 @@
+/** Every key of the contract (§1, what the spine has of it): its default, and what it takes. */
+import assert from "node:assert/strict";
+import { describe, it } from "node:test";
+import { check } from "../../src/mistakes.ts";
+
+const MIB = 1024 * 1024;
+
+/** The default of each key; `undefined`: none. Sections under `backends[]` and `models` stand below. */
+const DEFAULTS: Record<string, unknown> = {
+  "server.host": "127.0.0.1",
+  "server.port": 4000,
+  "server.logLevel": "info",
+  "server.insecure": false,
+  "server.allowedHosts": [],
+  "server.allowedOrigins": [],
+  backends: [],
+  models: {},
+  "queue.maxWaitMs": 120_000,
+  "queue.maxLength": 512,
+  "queue.heartbeatMs": 15_000,
+  "timeouts.connectMs": 5000,
+  "timeouts.firstByteMs": 300_000,
+  "timeouts.idleMs": 120_000,
+  "timeouts.clientMs": 60_000,
+  "timeouts.totalMs": 0,
+  "limits.bodyBytes": 32 * MIB,
+  "limits.heldBytes": 256 * MIB,
+  "limits.bufferBytes": 8 * MIB,
+  "drain.delayMs": 0,
+  "drain.graceMs": 30_000,
+  "auth.keys": [],
+  "metrics.enabled": true,
+  "metrics.endpoint": "/metrics",
+  "metrics.labels": ["model", "backend_id", "cache_hit", "status"],
+  "telemetry.serviceName": "tidegate",
+  "telemetry.sampling": 1,
+};
+
+/** Of sections that need not stand there: what is in them when they do. */
+const WHEN_SET: Record<string, Record<string, unknown>> = {
+  cache: {
+    enabled: true,
+    maxItems: 1000,
+    maxBytes: 64 * MIB,
+    ttlMs: 300_000,
+    streamCacheDisabled: true,
+  },
+  circuitBreaker: { failureThreshold: 3, resetTimeoutMs: 10_000, halfOpenRequests: 1 },
+};
+
+const BACKEND = { id: "a", url: "http://127.0.0.1:1" };
+
+function accepted(raw: unknown): Record<string, unknown> {
+  const result = check(raw);
+  assert("config" in result, JSON.stringify(result));
+  return result.config;
+}
+
+/** Every leaf of an object by its path; lists are leaves. */
+function leaves(value: unknown, path = ""): [string, unknown][] {
+  const isBranch = typeof value === "object" && value !== null && !Array.isArray(value);
+  if (!isBranch || Object.keys(value).length === 0) return [[path, value]];
+  return Object.entries(value).flatMap(([key, each]) =>
+    leaves(each, path === "" ? key : `${path}.${key}`),
+  );
+}
+
+/** `{ a: { b: value } }` for `a.b`. */
+function at(path: string, value: unknown): Record<string, unknown> {
+  const [key = "", ...rest] = path.split(".");
+  return { [key]: rest.length === 0 ? value : at(rest.join("."), value) };
+}
+
+function inBackend(fields: object): object {
+  return { backends: [{ ...BACKEND, ...fields }] };
+}
+
+function inModel(fields: object): object {
+  return { models: { m: fields } };
+}
+
+describe("defaults", () => {
+  it("are those of the contract, all of them and no others", () => {
+    assert.deepEqual(Object.fromEntries(leaves(accepted({}))), DEFAULTS);
+  });
+
+  it("fill what a section leaves out", () => {
+    for (const section of new Set(Object.keys(DEFAULTS).map((key) => key.split(".")[0] ?? ""))) {
+      if (section === "backends") continue;
+      assert.deepEqual(accepted({ [section]: {} }), accepted({}), section);
+    }
+  });
+
+  it("fill cache and circuitBreaker only where these are set", () => {
+    for (const [section, defaults] of Object.entries(WHEN_SET)) {
+      assert.equal(section in accepted({}), false);
+      assert.deepEqual(accepted({ [section]: {} })[section], defaults);
+    }
+  });
+
+  it("give a backend its weight and the pace of its probe", () => {
+    assert.deepEqual(accepted({ backends: [BACKEND] })["backends"], [
+      { ...BACKEND, weight: 1, healthInterval: 5000, timeout: 3000 },
+    ]);
+  });
+
+  it("give a model no alias", () => {
+    assert.deepEqual(accepted({ models: { m: {} } })["models"], { m: { aliases: [] } });
+  });
+});
+
+describe("values", () => {
+  const big = Number.MAX_SAFE_INTEGER;
+  const good: [string, ...unknown[]][] = [
+    ["server.port", 0, 65_535],
+    ["server.logLevel", "debug", "info", "warn", "error"],
+    ["server.allowedOrigins", ["*"]],
+    ["queue.maxWaitMs", 0, big],
+    ["queue.maxLength", 1, big],
+    ["queue.heartbeatMs", 0],
+    ["timeouts.firstByteMs", 0, big],
+    ["timeouts.idleMs", 0],
+    ["timeouts.clientMs", 0],
+    ["timeouts.totalMs", 0, 1],
+    ["limits.bodyBytes", 1, big],
+    ["drain.delayMs", 0],
+    ["drain.graceMs", 0],
+    ["auth.keys", [{ key: "k" }, { hash: `sha256:${"0".repeat(64)}` }]],
+    ["cache", { maxItems: 1, ttlMs: 0 }],
+    ["circuitBreaker", { failureThreshold: 1 }],
+    ["metrics.labels", [], ["tenant", "endpoint"]],
+    ["metrics.endpoint", "/", "/internal/metrics"],
+    ["telemetry.sampling", 0, 0.5, 1],
+    ["telemetry.otlpEndpoint", "http://127.0.0.1:4318"],
+  ];
+  const bad: [string, ...unknown[]][] = [
+    ["server.port", -1, 65_536, 1.5, "4000", null],
+    ["server.host", "", 1],
+    ["server.logLevel", "trace", "INFO"],
+    ["server.insecure", "true", 1],
+    ["server.allowedHosts", "box", [1]],
+    ["queue.maxWaitMs", -1, 0.5, "120s"],
+    ["queue.maxLength", 0],
+    ["timeouts.connectMs", 0],
+    ["timeouts.idleMs", -1],
+    ["limits.bodyBytes", 0, "32 MiB"],
+    ["drain.graceMs", -1],
+    ["auth.keys", [{}], [{ key: "" }], [{ hash: "sha256:00" }], [{ hash: "md5:00" }], ["k"]],
+    ["cache", true, { maxItems: 0 }, { maxBytes: 0 }],
+    ["circuitBreaker", { failureThreshold: 0 }, { halfOpenRequests: 0 }],
+    ["metrics.labels", ["user"], "model"],
+    ["metrics.endpoint", "metrics", "/a?b", "/a#b", "/a b"],
+    ["telemetry.sampling", -0.1, 1.1],
+    ["telemetry.otlpEndpoint", "127.0.0.1:4318", "ftp://x"],
+    ["telemetry.serviceName", ""],
+  ];
+  for (const [path, ...values] of good) {
+    it(`${path} takes ${values.map((each) => JSON.stringify(each)).join(", ")}`, () => {
+      for (const value of values) accepted(at(path, value));
+    });
+  }
+  for (const [path, ...values] of bad) {
+    it(`${path} does not take ${values.map((each) => JSON.stringify(each)).join(", ")}`, () => {
+      for (const value of values) {
+        const result = check(at(path, value));
+        assert("mistakes" in result, `${JSON.stringify(value)} was accepted`);
+        for (const mistake of result.mistakes) assert(mistake.path.startsWith(path), mistake.path);
+      }
+    });
+  }
+
+  const kinds = ["ollama", "openai", "demo", "llamacpp", "vllm", "lmstudio", "sglang"];
+  const goodBackends: object[] = [
+    ...kinds.map((kind) => ({ kind })),
+    { models: [] },
+    { models: ["a:1", { name: "b", upstream: "org/B" }, { name: "c" }] },
+    { apiKey: "k" },
+    { concurrency: 1 },
+    { weight: 0.1 },
+    { healthInterval: 100, timeout: 100 },
+    { healthInterval: 1000, timeout: 60_000 },
+  ];
+  const badBackends: [string, object][] = [
+    ["id", { id: "" }],
+    ["id", { id: undefined }],
+    ["kind", { kind: "tgi" }],
+    ["url", { url: "127.0.0.1:11434" }],
+    ["url", { url: undefined }],
+    ["models[0]", { models: [""] }],
+    ["models[0]", { models: [{ upstream: "x" }] }],
+    ["apiKey", { apiKey: "" }],
+    ["concurrency", { concurrency: 0 }],
+    ["concurrency", { concurrency: 1.5 }],
+    ["weight", { weight: 0 }],
+    ["weight", { weight: -1 }],
+    ["healthInterval", { healthInterval: 99 }],
+    ["timeout", { timeout: 0 }],
+  ];
+  for (const fields of goodBackends) {
+    it(`a backend takes ${JSON.stringify(fields)}`, () => void accepted(inBackend(fields)));
+  }
+  for (const [key, fields] of badBackends) {
+    it(`a backend does not take ${JSON.stringify(fields)}`, () => {
+      const result = check(inBackend(fields));
+      assert("mistakes" in result && result.mistakes.length === 1, JSON.stringify(result));
+      const path = String(result.mistakes[0]?.path);
+      assert(path.startsWith(`backends[0].${key}`), path);
+    });
+  }
+
+  it("a demo backend needs no url", () => {
+    accepted({ backends: [{ id: "demo", kind: "demo" }] });
+  });
+
+  for (const fields of [
+    { aliases: [""] },
+    { fallback: 1 },
+    { concurrency: 0 },
+    { maxOutputTokens: 0 },
+    { backends: "a" },
+  ]) {
+    it(`a model does not take ${JSON.stringify(fields)}`, () => {
+      const [key] = Object.keys(fields);
+      const result = check(inModel(fields));
+      assert("mistakes" in result);
+      const path = String(result.mistakes[0]?.path);
+      assert(path.startsWith(`models.m.${key}`), path);
+    });
+  }
+
+  it("a model takes its settings, its fallback as one name or as a list", () => {
+    accepted(inModel({ aliases: ["x"], fallback: "n", concurrency: 1, maxOutputTokens: 1 }));
+    accepted(inModel({ fallback: ["n", "o"] }));
+  });
+});
+
+describe("a backend's url", () => {
+  const root = "http://127.0.0.1:8000";
+  for (const written of ["", "/", "/v1", "/v1/", "/v1//", "//"]) {
+    it(`is the same with "${written}" at its end`, () => {
+      const [backend] = accepted(inBackend({ url: root + written }))["backends"] as {
+        url: string;
+      }[];
+      assert.equal(backend?.url, root);
+    });
+  }
+
+  it("keeps its path, apart from /v1", () => {
+    const urls = ["https://box/engines/a/v1/", "http://box/v1/v1", "http://box/v10"].map((url) => {
+      const [backend] = accepted(inBackend({ url }))["backends"] as { url: string }[];
+      return backend?.url;
+    });
+    assert.deepEqual(urls, ["https://box/engines/a", "http://box/v1", "http://box/v10"]);
+  });
+});

@@ -1,0 +1,408 @@
+/** Where the configuration comes from: flag over environment over file over default. */
+import assert from "node:assert/strict";
+import { mkdtemp, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { after, describe, it } from "node:test";
+import {
+  ConfigError,
+  isLoopback,
+  loadSettings,
+  type Environment,
+  type Flags,
+  type Settings,
+} from "../../src/load.ts";
+
+const folders: string[] = [];
+after(async () => {
+  for (const folder of folders) await rm(folder, { recursive: true });
+});
+
+/** A working directory with these files in it. An imported file is cached: each test has its own. */
+async function directory(files: Record<string, string | object> = {}): Promise<string> {
+  const folder = await mkdtemp(join(tmpdir(), "tidegate-config-"));
+  folders.push(folder);
+  for (const [name, content] of Object.entries(files)) {
+    const text = typeof content === "string" ? content : JSON.stringify(content);
+    await writeFile(join(folder, name), text);
+  }
+  return folder;
+}
+
+async function load(
+  file: object | null,
+  { flags = {}, environment = {} }: { flags?: Flags; environment?: Environment } = {},
+): Promise<Settings> {
+  const folder = await directory(file === null ? {} : { "gateway.config.json": file });
+  return await loadSettings(flags, environment, folder);
+}
+
+async function failure(loading: Promise<Settings>): Promise<ConfigError> {
+  const error: unknown = await loading.then(
+    () => assert.fail("was accepted"),
+    (reason: unknown) => reason,
+  );
+  assert(error instanceof ConfigError, String(error));
+  return error;
+}
+
+const paths = ({ mistakes }: ConfigError) => mistakes.map(({ path }) => path);
+
+describe("the file", () => {
+  it("is not needed", async () => {
+    const { config, source, environmentKeys, notes } = await load(null);
+    assert.equal(source, "defaults");
+    assert.equal(config.server.port, 4000);
+    assert.deepEqual([config.backends, environmentKeys, notes], [[], [], []]);
+  });
+
+  it("is gateway.config.ts, else gateway.config.json, in the working directory", async () => {
+    const ts = "const port: number = 4001;\nexport default { server: { port } };\n";
+    const both = await directory({
+      "gateway.config.ts": ts,
+      "gateway.config.json": { server: { port: 4002 } },
+    });
+    const first = await loadSettings({}, {}, both);
+    assert.deepEqual([first.config.server.port, first.source], [4001, "gateway.config.ts"]);
+    const second = await load({ server: { port: 4003 } });
+    assert.deepEqual([second.config.server.port, second.source], [4003, "gateway.config.json"]);
+  });
+
+  it("is the one that --config names, else the one that TIDEGATE_CONFIG names", async () => {
+    const folder = await directory({
+      "a.json": { server: { port: 1 } },
+      "b.json": { server: { port: 2 } },
+      "gateway.config.json": { server: { port: 3 } },
+    });
+    const environment = { TIDEGATE_CONFIG: "b.json" };
+    const byFlag = await loadSettings({ config: "a.json" }, environment, folder);
+    assert.deepEqual([byFlag.config.server.port, byFlag.source], [1, "a.json"]);
+    const byVariable = await loadSettings({}, environment, folder);
+    assert.deepEqual([byVariable.config.server.port, byVariable.source], [2, "b.json"]);
+    assert.deepEqual(byVariable.notes, [], "a variable that is known is no stranger");
+    const absolute = await loadSettings({ config: join(folder, "a.json") }, {}, "/");
+    assert.equal(absolute.config.server.port, 1);
+  });
+
+  for (const how of ["flag", "variable"] as const) {
+    it(`named by ${how} and missing is an error that names the path`, async () => {
+      const folder = await directory({ "gateway.config.json": {} });
+      const flags = how === "flag" ? { config: "nowhere.ts" } : {};
+      const environment = how === "flag" ? {} : { TIDEGATE_CONFIG: "nowhere.ts" };
+      const error = await failure(loadSettings(flags, environment, folder));
+      assert(error.message.includes(join(folder, "nowhere.ts")), error.message);
+      assert.equal(error.mistakes.length, 1);
+    });
+  }
+
+  it("of another kind is an error that says which kinds there are", async () => {
+    const folder = await directory({ "gateway.toml": "" });
+    const error = await failure(loadSettings({ config: "gateway.toml" }, {}, folder));
+    assert.match(error.message, /\.ts or \.json/);
+  });
+
+  it("that is broken JSON is an error that names it", async () => {
+    const folder = await directory({ "gateway.config.json": '{ "server": { "port": 4000 ' });
+    const error = await failure(loadSettings({}, {}, folder));
+    assert(error.message.includes(join(folder, "gateway.config.json")), error.message);
+    assert(!/\n\s+at /.test(error.message), "no stack");
+  });
+
+  it("that is broken TypeScript is an error that names it", async () => {
+    const folder = await directory({ "gateway.config.ts": "export default { server: {\n" });
+    const error = await failure(loadSettings({}, {}, folder));
+    assert(error.message.includes("gateway.config.ts"), error.message);
+    assert(!/\n\s+at /.test(error.message), "no stack");
+  });
+
+  it("that throws is an error with its words", async () => {
+    const text = 'throw new Error("the moon is wrong");\nexport default {};\n';
+    const folder = await directory({ "gateway.config.ts": text });
+    const error = await failure(loadSettings({}, {}, folder));
+    assert.match(error.message, /the moon is wrong/);
+  });
+
+  it("that exports no default is an error: silence would drop every setting in it", async () => {
+    const text = "export const config = { server: { port: 1 } };\n";
+    const folder = await directory({ "gateway.config.ts": text });
+    assert.match((await failure(loadSettings({}, {}, folder))).message, /default/);
+  });
+
+  it("that is no object is an error", async () => {
+    for (const text of ["[]", "null", "3", '"x"']) {
+      const folder = await directory({ "gateway.config.json": text });
+      assert.deepEqual(paths(await failure(loadSettings({}, {}, folder))), [""]);
+    }
+  });
+
+  it("is named in the message, with the number of mistakes and a line for each", async () => {
+    const error = await failure(load({ server: { prot: 1 }, queue: { maxLength: 0 } }));
+    const [head, ...lines] = error.message.split("\n");
+    assert.equal(head, "gateway.config.json: 2 mistakes");
+    assert.equal(lines.length, 2);
+    assert.match(error.message, /server\.prot/);
+    assert.match(error.message, /queue\.maxLength/);
+    assert.equal(
+      (await failure(load({ x: 1 }))).message.split("\n")[0],
+      "gateway.config.json: 1 mistake",
+    );
+  });
+});
+
+describe("precedence", () => {
+  it("of the port: flag, PORT, file, default", async () => {
+    const file = { server: { port: 3 } };
+    const environment = { PORT: "2" };
+    const port = async (settings: Promise<Settings>) => (await settings).config.server.port;
+    assert.equal(await port(load(file, { environment, flags: { port: 1 } })), 1);
+    assert.equal(await port(load(file, { environment })), 2);
+    assert.equal(await port(load(file)), 3);
+    assert.equal(await port(load({})), 4000);
+    assert.equal(await port(load(file, { flags: { port: 0 } })), 0);
+  });
+
+  it("of host and log level: flag, file, default", async () => {
+    const file = { server: { host: "127.0.0.2", logLevel: "warn", allowedHosts: ["box"] } };
+    const flags = { host: "127.0.0.3", logLevel: "debug" };
+    const { server } = (await load(file, { flags })).config;
+    assert.deepEqual([server.host, server.logLevel], ["127.0.0.3", "debug"]);
+    assert.deepEqual(server.allowedHosts, ["box"], "the rest of the section stays");
+    const other = (await load(file)).config.server;
+    assert.deepEqual([other.host, other.logLevel], ["127.0.0.2", "warn"]);
+  });
+
+  it("of telemetry: OTEL variables, file, default", async () => {
+    const file = { telemetry: { otlpEndpoint: "http://file:1", serviceName: "file", sampling: 0 } };
+    const environment = {
+      OTEL_EXPORTER_OTLP_ENDPOINT: "http://variable:2",
+      OTEL_SERVICE_NAME: "variable",
+    };
+    const { telemetry } = (await load(file, { environment })).config;
+    assert.deepEqual(telemetry, {
+      otlpEndpoint: "http://variable:2",
+      serviceName: "variable",
+      sampling: 0,
+    });
+    assert.equal((await load(file)).config.telemetry.serviceName, "file");
+  });
+
+  it("does not save a wrong value: a flag and a variable are checked like the file", async () => {
+    assert.deepEqual(paths(await failure(load({}, { flags: { port: 70_000 } }))), ["server.port"]);
+    assert.deepEqual(paths(await failure(load({}, { flags: { logLevel: "loud" } }))), [
+      "server.logLevel",
+    ]);
+    const error = await failure(load({}, { environment: { PORT: "http" } }));
+    assert.deepEqual(
+      error.mistakes.map(({ path, value }) => [path, value]),
+      [["server.port", "http"]],
+    );
+  });
+
+  for (const name of [
+    "PORT",
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "OTEL_SERVICE_NAME",
+    "TIDEGATE_CONFIG",
+    "TIDEGATE_API_KEYS",
+  ]) {
+    it(`takes an empty ${name} for one that is not set`, async () => {
+      const file = { server: { port: 7 } };
+      const { config, source, environmentKeys } = await load(file, { environment: { [name]: "" } });
+      assert.deepEqual([config.server.port, source], [7, "gateway.config.json"]);
+      assert.deepEqual(config.telemetry, { serviceName: "tidegate", sampling: 1 });
+      assert.deepEqual(environmentKeys, []);
+    });
+  }
+
+  it("lets a wrong section be reported as what it is, beside a variable for it", async () => {
+    const error = await failure(load({ server: "x" }, { environment: { PORT: "4001" } }));
+    assert.deepEqual(paths(error), ["server"]);
+  });
+});
+
+describe("TIDEGATE_API_KEYS", () => {
+  const forms: [string, [tenant: string, key: string][]][] = [
+    ["secret", [["default", "secret"]]],
+    ["team=secret", [["team", "secret"]]],
+    [
+      "one,team=two",
+      [
+        ["default", "one"],
+        ["team", "two"],
+      ],
+    ],
+    [
+      " one , team=two ,, ",
+      [
+        ["default", "one"],
+        ["team", "two"],
+      ],
+    ],
+    ["c2VjcmV0cw==", [["default", "c2VjcmV0cw=="]]],
+    ["team=c2VjcmV0cw==", [["team", "c2VjcmV0cw=="]]],
+    ["a.b-c_d=x=y", [["a.b-c_d", "x=y"]]],
+    [
+      "team=one,team=two",
+      [
+        ["team", "one"],
+        ["team", "two"],
+      ],
+    ],
+    ["", []],
+    [",", []],
+  ];
+  for (const [value, expected] of forms) {
+    it(`reads "${value}"`, async () => {
+      const { environmentKeys } = await load({}, { environment: { TIDEGATE_API_KEYS: value } });
+      assert.deepEqual(
+        environmentKeys.map(({ tenant, key }) => [tenant, key]),
+        expected,
+      );
+    });
+  }
+
+  it("adds to the file's keys", async () => {
+    const file = { auth: { keys: [{ key: "of the file" }] } };
+    const { config, environmentKeys } = await load(file, {
+      environment: { TIDEGATE_API_KEYS: "another" },
+    });
+    assert.deepEqual(config.auth.keys, [{ key: "of the file" }]);
+    assert.equal(environmentKeys.length, 1);
+  });
+});
+
+describe("${VAR}", () => {
+  const keysOf = async (key: string, environment: Environment) => {
+    const { config } = await load({ auth: { keys: [{ key }] } }, { environment });
+    return (config.auth.keys[0] as { key: string }).key;
+  };
+
+  it("stands for a variable, also within a text and several times", async () => {
+    const environment = { A: "1", B_2: "two" };
+    assert.equal(await keysOf("${A}", environment), "1");
+    assert.equal(await keysOf("x${A}y${B_2}z${A}", environment), "x1ytwoz1");
+  });
+
+  it("has a default", async () => {
+    assert.equal(await keysOf("${A:-none}", {}), "none");
+    assert.equal(await keysOf("${A:-none}", { A: "some" }), "some");
+    assert.equal(await keysOf("a${A:-}b", {}), "ab");
+    assert.equal(await keysOf("${A:-http://x:1/y}", {}), "http://x:1/y");
+  });
+
+  it("takes its default for an empty variable too, as a shell does", async () => {
+    assert.equal(await keysOf("${A:-none}", { A: "" }), "none");
+  });
+
+  it("is replaced once: what a variable holds is taken as it is", async () => {
+    assert.equal(await keysOf("${A}", { A: "${B}", B: "deep" }), "${B}");
+    assert.equal(await keysOf("${A}", { A: "$&$1" }), "$&$1");
+  });
+
+  it("leaves other dollars and braces alone", async () => {
+    assert.equal(await keysOf("$A {B} $${C", { A: "1" }), "$A {B} $${C");
+  });
+
+  it("works wherever text stands, in .ts too", async () => {
+    const text =
+      'export default { backends: [{ id: "${ID}", url: "http://${HOST:-127.0.0.1}:1", ' +
+      'models: ["${M}"] }] };\n';
+    const folder = await directory({ "gateway.config.ts": text });
+    const { config } = await loadSettings({}, { ID: "one", M: "a:b" }, folder);
+    const [backend] = config.backends;
+    assert.deepEqual(
+      [backend?.id, backend?.url, backend?.models],
+      ["one", "http://127.0.0.1:1", ["a:b"]],
+    );
+  });
+
+  it("that is not set is a mistake at its place that names it, with all the others", async () => {
+    const file = {
+      auth: { keys: [{ key: "${MY_KEY}" }] },
+      backends: [{ id: "${MY_ID}", url: "http://127.0.0.1:1" }],
+      queue: { maxLength: 0 },
+    };
+    const error = await failure(load(file));
+    const missing = error.mistakes.filter(({ expected }) => expected.includes("MY_"));
+    assert.deepEqual(
+      missing.map(({ path }) => path),
+      ["auth.keys[0].key", "backends[0].id"],
+    );
+    assert.match(error.message, /MY_KEY/);
+    assert(paths(error).includes("queue.maxLength"));
+  });
+
+  it("writes its path as every other mistake does", async () => {
+    const error = await failure(load({ models: { "llama3:8b": { aliases: ["${NONE}"] } } }));
+    assert.deepEqual(paths(error), ['models."llama3:8b".aliases[0]']);
+  });
+});
+
+describe("the bind rule", () => {
+  const open = { server: { host: "0.0.0.0" } };
+
+  it("does not start beyond loopback without keys, and says the three ways out", async () => {
+    const error = await failure(load(open));
+    assert.deepEqual(paths(error), ["server.host"]);
+    for (const way of ["auth.keys", "127.0.0.1", "server.insecure"]) {
+      assert(error.message.includes(way), way);
+    }
+  });
+
+  it("counts a host from the command line too", async () => {
+    assert.deepEqual(paths(await failure(load({}, { flags: { host: "::" } }))), ["server.host"]);
+  });
+
+  it("is content with keys of the file, keys of the environment, or insecure", async () => {
+    await load({ ...open, auth: { keys: [{ key: "k" }] } });
+    await load(open, { environment: { TIDEGATE_API_KEYS: "k" } });
+    await load({ server: { host: "0.0.0.0", insecure: true } });
+  });
+
+  it("is reported beside every other mistake", async () => {
+    const error = await failure(load({ server: { host: "0.0.0.0" }, queue: { maxLength: 0 } }));
+    assert.deepEqual(paths(error).toSorted(), ["queue.maxLength", "server.host"]);
+  });
+
+  it("knows what loopback is", () => {
+    for (const host of ["127.0.0.1", "127.1.2.3", "localhost", "LOCALHOST", "::1", "[::1]"]) {
+      assert.equal(isLoopback(host), true, host);
+    }
+    const others = ["0.0.0.0", "::", "192.168.0.1", "box", "127.0.0.1.evil.com", "localhost.com"];
+    for (const host of [...others, "1127.0.0.1", "128.0.0.1", ""]) {
+      assert.equal(isLoopback(host), false, host);
+    }
+  });
+});
+
+describe("notes", () => {
+  it("say what is accepted and not in effect yet, a line for each that is set", async () => {
+    const file = {
+      cache: { enabled: false },
+      circuitBreaker: {},
+      models: { m: { fallback: "n", maxOutputTokens: 9 }, n: { maxOutputTokens: 1 }, o: {} },
+    };
+    const later = "accepted, in effect from a later version";
+    assert.deepEqual(
+      (await load(file)).notes.toSorted(),
+      [
+        `cache: ${later}`,
+        `circuitBreaker: ${later}`,
+        `models.m.fallback: ${later}`,
+        `models.m.maxOutputTokens: ${later}`,
+        `models.n.maxOutputTokens: ${later}`,
+      ].toSorted(),
+    );
+    assert.deepEqual((await load({ models: { o: { aliases: ["x"] } } })).notes, []);
+  });
+
+  it("warn of a variable that nobody reads, with a guess", async () => {
+    const environment = { TIDEGATE_API_KEY: "k", TIDEGATE_ZZZZZZZZ: "1", OTHER: "1" };
+    const { notes, environmentKeys } = await load({}, { environment });
+    assert.equal(notes.length, 2);
+    const [guessed, plain] = notes;
+    assert.match(guessed ?? "", /^TIDEGATE_API_KEY: .*did you mean TIDEGATE_API_KEYS\?/);
+    assert.match(plain ?? "", /^TIDEGATE_ZZZZZZZZ: unknown variable, ignored$/);
+    assert.deepEqual(environmentKeys, []);
+  });
+});

@@ -1,0 +1,848 @@
+/** The live backends: permits, queues, caps that reach over backends, and choosing again. */
+import assert from "node:assert/strict";
+import { afterEach, beforeEach, describe, it, mock } from "node:test";
+import fc from "fast-check";
+import type { Kind } from "../../src/config.ts";
+import type { Ticket } from "../../src/core/scheduler.ts";
+import type { Backend, Health, Model, Snapshot } from "../../src/core/snapshot.ts";
+import { Fleet, type Admission, type Permit, type Place } from "../../src/fleet/fleet.ts";
+
+type BackendPlan = Partial<Omit<Backend, "id" | "kind">> & { kind?: Kind };
+/** Backends by id, and per model its slots by backend. */
+interface Plan {
+  backends: Record<string, BackendPlan>;
+  models: Record<string, Record<string, number>>;
+  caps?: Record<string, number>;
+}
+
+function snapshotOf({ backends, models, caps = {} }: Plan): Snapshot {
+  return {
+    version: 1,
+    publishedAt: 0,
+    backends: Object.entries(backends).map(([id, more]): Backend => {
+      return {
+        id,
+        kind: "openai",
+        url: `http://${id}`,
+        health: "healthy",
+        reason: "",
+        checkedAt: null,
+        drained: false,
+        weight: 1,
+        concurrency: null,
+        ...more,
+      };
+    }),
+    models: Object.entries(models).map(([name, slots]): Model => {
+      return {
+        name,
+        aliases: [],
+        concurrency: caps[name] ?? null,
+        contextLength: null,
+        capabilities: [],
+        createdAt: 0,
+        targets: Object.entries(slots).map(([backend, each]) => {
+          return { backend, model: `${name}@${backend}`, slots: each, digest: null };
+        }),
+      };
+    }),
+  };
+}
+
+/** A fleet under a clock of its own, and what it decided. */
+class World {
+  now = 1000;
+  snapshot: Snapshot;
+  readonly fleet: Fleet;
+  #tickets = 0;
+
+  constructor(plan: Plan, { maxLength = 10, upstreamLimit = Infinity } = {}) {
+    this.snapshot = snapshotOf(plan);
+    this.fleet = new Fleet({
+      now: () => this.now,
+      maxLength,
+      upstreamLimit,
+      apiKeys: new Map([["a", "key of a"]]),
+    });
+    this.fleet.apply(this.snapshot);
+  }
+
+  apply(plan: Plan): void {
+    this.snapshot = snapshotOf(plan);
+    this.fleet.apply(this.snapshot);
+  }
+
+  advance(by: number): void {
+    this.now += by;
+    mock.timers.tick(by);
+  }
+
+  ask(backend: string, model = "m", patience = 60_000): Asking {
+    this.#tickets++;
+    const arrivedAt = this.now;
+    const deadlineAt = this.now + patience;
+    const asking = new Asking(this, { id: `t${this.#tickets}`, model, arrivedAt, deadlineAt });
+    asking.enqueue(backend);
+    return asking;
+  }
+
+  /** Running and waiting of a model in a backend. */
+  usage(backend: string, model = "m"): [running: number, waiting: number] {
+    const live = this.fleet.usage().find((each) => each.backend === backend);
+    const lane = live?.models.find((each) => each.model === model);
+    return [lane?.running ?? 0, lane?.waiting ?? 0];
+  }
+
+  candidate(backend: string, model = "m") {
+    const found = this.snapshot.models.find(({ name }) => name === model);
+    assert(found !== undefined);
+    const candidates = this.fleet.candidates(this.snapshot, found);
+    return candidates.find(({ target }) => target.backend === backend);
+  }
+}
+
+/** One request, as the data plane asks for it: again where it has to choose again. */
+class Asking {
+  readonly world: World;
+  readonly ticket: Ticket;
+  readonly decisions: Admission[] = [];
+  readonly places: Place[] = [];
+
+  constructor(world: World, ticket: Ticket) {
+    this.world = world;
+    this.ticket = ticket;
+  }
+
+  enqueue(backend: string): void {
+    const { snapshot, fleet } = this.world;
+    const model = snapshot.models.find(({ name }) => name === this.ticket.model);
+    const target = model?.targets.find((each) => each.backend === backend);
+    const other = { backend, model: "gone", slots: 1, digest: null };
+    const decide = (admission: Admission) => void this.decisions.push(admission);
+    this.places.push(fleet.enqueue(this.ticket, target ?? other, decide));
+  }
+
+  get said(): string[] {
+    return this.decisions.map(({ type }) => type);
+  }
+
+  get permit(): Permit {
+    const last = this.decisions.at(-1);
+    assert(last?.type === "granted", `got ${last?.type}`);
+    return last.permit;
+  }
+
+  get position(): number {
+    return this.places.at(-1)?.position() ?? -1;
+  }
+
+  /** As a request that ends: gives up every place it ever had, in order, or only the latest. */
+  leave(which: "all" | "latest" = "all"): void {
+    for (const place of which === "all" ? this.places : this.places.slice(-1)) place.leave();
+  }
+}
+
+beforeEach(() => mock.timers.enable({ apis: ["setTimeout"] }));
+afterEach(() => mock.timers.reset());
+
+const one: Plan = { backends: { a: {} }, models: { m: { a: 1 } } };
+const two: Plan = { backends: { a: {}, b: {} }, models: { m: { a: 1, b: 1 } } };
+
+describe("permits", () => {
+  it("carry what is needed to send the request", () => {
+    const world = new World({
+      backends: { a: { kind: "vllm" }, b: {} },
+      models: { m: { a: 1, b: 1 } },
+    });
+    const { permit } = world.ask("a");
+    assert.deepEqual(permit.connection, { id: "a", url: "http://a", apiKey: "key of a" });
+    assert.equal(permit.target.model, "m@a");
+    assert.equal(permit.engine.kind, "vllm");
+    assert.equal(world.ask("b").permit.connection.apiKey, null);
+    assert.equal(world.fleet.engineFor("a")?.kind, "vllm");
+    assert.equal(world.fleet.engineFor("c"), undefined);
+  });
+
+  it("are granted as far as there are slots; the next waits for one that is given back", () => {
+    const world = new World({ ...one, models: { m: { a: 2 } } });
+    const [first, second, third, fourth] = [1, 2, 3, 4].map(() => world.ask("a"));
+    assert(first && second && third && fourth);
+    assert.deepEqual([first.said, second.said, third.said], [["granted"], ["granted"], []]);
+    assert.deepEqual([third.position, fourth.position], [0, 1]);
+    first.permit.release("success");
+    assert.deepEqual([third.said, fourth.said, fourth.position], [["granted"], [], 0]);
+    assert.deepEqual(world.usage("a"), [2, 1]);
+  });
+
+  it("are given back once, however often", () => {
+    const world = new World(one);
+    const [first, second, third] = [1, 2, 3].map(() => world.ask("a"));
+    assert(first && second && third);
+    const { permit } = first;
+    permit.release("success");
+    permit.release("success");
+    permit.release("failure");
+    assert.deepEqual([second.said, third.said], [["granted"], []]);
+    assert.deepEqual(world.usage("a"), [1, 1]);
+    assert.equal(world.candidate("a")?.failedAt, null, "only the first word counts");
+  });
+
+  it("tell of a failure, and of nothing else, when it was", () => {
+    const world = new World(one);
+    for (const outcome of ["success", "ignore", "saturated"] as const) {
+      world.ask("a").permit.release(outcome);
+      assert.equal(world.candidate("a")?.failedAt, null, outcome);
+    }
+    world.now = 5000;
+    world.ask("a").permit.release("failure");
+    assert.equal(world.candidate("a")?.failedAt, 5000);
+  });
+
+  it("tell when tokens flowed", () => {
+    const world = new World(one);
+    assert.equal(world.fleet.lastChunkAt("a"), -Infinity);
+    const { permit } = world.ask("a");
+    permit.flowed(1234);
+    assert.equal(world.fleet.lastChunkAt("a"), 1234);
+    assert.equal(world.fleet.lastChunkAt("nobody"), -Infinity);
+  });
+});
+
+describe("leaving", () => {
+  it("a queue makes room for others, and says nothing any more", () => {
+    const world = new World(one, { maxLength: 2 });
+    const running = world.ask("a");
+    const [gone, next] = [world.ask("a"), world.ask("a")];
+    assert.deepEqual(world.ask("a").said, ["refused"]);
+    gone.leave();
+    gone.leave();
+    assert.deepEqual([gone.position, next.position], [-1, 0]);
+    assert.deepEqual(world.ask("a").said, [], "there is a place again");
+    running.permit.release("success");
+    assert.deepEqual([gone.said, next.said], [[], ["granted"]]);
+  });
+
+  it("gives back a permit that was granted meanwhile", () => {
+    const world = new World(one);
+    const running = world.ask("a");
+    const waiting = world.ask("a");
+    running.permit.release("success");
+    assert.deepEqual(waiting.said, ["granted"]);
+    waiting.leave();
+    waiting.leave();
+    assert.deepEqual(world.usage("a"), [0, 0]);
+    assert.deepEqual(world.ask("a").said, ["granted"]);
+  });
+
+  it("after the permit was given back changes nothing", () => {
+    const world = new World(one);
+    const first = world.ask("a");
+    first.permit.release("success");
+    const second = world.ask("a");
+    first.leave();
+    assert.deepEqual(world.usage("a"), [1, 0]);
+    assert.deepEqual(second.said, ["granted"]);
+  });
+
+  it("takes a request out of the queue it has chosen again, too", () => {
+    const world = new World(two);
+    world.ask("a");
+    world.ask("b");
+    const asking = world.ask("a");
+    world.apply({ ...two, backends: { a: { drained: true }, b: {} } });
+    assert.deepEqual(asking.said, ["reselect"]);
+    asking.enqueue("b");
+    assert.deepEqual(world.usage("b"), [1, 1]);
+    asking.leave();
+    assert.deepEqual(world.usage("b"), [1, 0], "nobody waits there any more");
+  });
+});
+
+describe("refusals", () => {
+  it("come when the model's places are taken, over all backends, with a time to come back", () => {
+    const world = new World(two, { maxLength: 2 });
+    world.ask("a");
+    world.ask("b");
+    assert.deepEqual([world.ask("a").said, world.ask("b").said], [[], []]);
+    for (const backend of ["a", "b"]) {
+      const { decisions } = world.ask(backend);
+      const [refused] = decisions;
+      assert(refused?.type === "refused" && refused.cause === "full");
+      assert(refused.retryAfterMs > 0);
+    }
+  });
+
+  it("count places per model", () => {
+    const plan = { backends: { a: {} }, models: { m: { a: 1 }, n: { a: 1 } } };
+    const world = new World(plan, { maxLength: 1 });
+    for (const model of ["m", "n"]) {
+      world.ask("a", model);
+      assert.deepEqual(world.ask("a", model).said, []);
+      assert.deepEqual(world.ask("a", model).said, ["refused"]);
+    }
+  });
+
+  it("come at the deadline, neither before nor later, and once", () => {
+    const world = new World(one);
+    const running = world.ask("a");
+    const hasty = world.ask("a", "m", 3000);
+    const patient = world.ask("a", "m", 5000);
+    world.advance(2999);
+    assert.deepEqual(hasty.said, []);
+    world.advance(1);
+    const [expired] = hasty.decisions;
+    assert(expired?.type === "refused" && expired.cause === "expired" && expired.retryAfterMs > 0);
+    assert.deepEqual([patient.said, patient.position], [[], 0]);
+    world.advance(2000);
+    assert.deepEqual(patient.said, ["refused"]);
+    world.advance(100_000);
+    assert.deepEqual([hasty.said.length, patient.said.length], [1, 1]);
+    running.permit.release("success");
+    assert.deepEqual(world.usage("a"), [0, 0]);
+  });
+
+  it("come at once to whom may not wait, unless a slot is free", () => {
+    const world = new World(one);
+    assert.deepEqual(world.ask("a", "m", 0).said, ["granted"]);
+    assert.deepEqual(world.ask("a", "m", 0).said, ["refused"]);
+  });
+
+  it("hold for deadlines beyond what a timer can count", () => {
+    const world = new World(one);
+    world.ask("a");
+    const waiting = world.ask("a", "m", 2 ** 33);
+    world.advance(2 ** 31);
+    assert.deepEqual([waiting.said, waiting.position], [[], 0]);
+  });
+});
+
+describe("caps that reach over backends", () => {
+  it("one model's cap holds on two backends together, and what ends on one starts on the other", () => {
+    const world = new World({ ...two, models: { m: { a: 4, b: 4 } }, caps: { m: 1 } });
+    const running = world.ask("a");
+    const waiting = world.ask("b");
+    assert.deepEqual([running.said, waiting.said], [["granted"], []]);
+    assert.equal(world.candidate("b")?.free, false);
+    running.permit.release("success");
+    assert.deepEqual(waiting.said, ["granted"]);
+    waiting.permit.release("success");
+    assert.deepEqual([world.candidate("a")?.free, world.candidate("b")?.free], [true, true]);
+  });
+
+  it("does not hold another model", () => {
+    const models = { m: { a: 4 }, n: { a: 4 } };
+    const world = new World({ ...one, models, caps: { m: 1 } });
+    world.ask("a");
+    assert.deepEqual([world.ask("a").said, world.ask("a", "n").said], [[], ["granted"]]);
+  });
+
+  it("changes with the configuration: who waits starts when it is raised", () => {
+    const plan = { ...two, models: { m: { a: 4, b: 4 } } };
+    const world = new World({ ...plan, caps: { m: 1 } });
+    world.ask("a");
+    const waiting = [world.ask("a"), world.ask("b"), world.ask("b")];
+    world.apply({ ...plan, caps: { m: 3 } });
+    assert.equal(waiting.filter(({ said }) => said.includes("granted")).length, 2);
+    world.apply(plan);
+    assert(waiting.every(({ said }) => said.includes("granted")));
+  });
+
+  it("of the process: no more requests to engines than the runtime can do", () => {
+    const models = { m: { a: 9 }, n: { b: 9 } };
+    const world = new World({ ...two, models }, { upstreamLimit: 2 });
+    const first = world.ask("a", "m");
+    world.ask("b", "n");
+    const waiting = world.ask("b", "n");
+    assert.deepEqual(waiting.said, []);
+    first.permit.release("success");
+    assert.deepEqual(waiting.said, ["granted"]);
+  });
+
+  it("of a backend: all its models together", () => {
+    const models = { m: { a: 2 }, n: { a: 2 } };
+    const world = new World({ backends: { a: { concurrency: 2 } }, models });
+    const first = world.ask("a", "m");
+    world.ask("a", "m");
+    const waiting = world.ask("a", "n");
+    assert.deepEqual(waiting.said, []);
+    first.permit.release("success");
+    assert.deepEqual(waiting.said, ["granted"]);
+  });
+});
+
+describe("choosing again", () => {
+  it("comes when another backend has a free slot and nobody waiting", () => {
+    const world = new World(two);
+    world.ask("a");
+    const other = world.ask("b");
+    const [head, next] = [world.ask("a"), world.ask("a")];
+    other.permit.release("success");
+    assert.deepEqual([head.said, next.said, next.position], [["reselect"], [], 0]);
+    head.enqueue("b");
+    assert.deepEqual(head.said, ["reselect", "granted"]);
+  });
+
+  it("does not come while the other has somebody of its own who waits", () => {
+    const world = new World(two);
+    world.ask("a");
+    const other = world.ask("b");
+    const [here, there] = [world.ask("a"), world.ask("b")];
+    other.permit.release("success");
+    assert.deepEqual([here.said, there.said], [[], ["granted"]]);
+  });
+
+  it("does not send anybody to a backend that is unhealthy or drained", () => {
+    for (const state of [{ health: "unhealthy" as const }, { drained: true }]) {
+      const world = new World({ ...two, backends: { a: {}, b: state } });
+      world.ask("a");
+      const waiting = world.ask("a");
+      world.apply({ ...two, backends: { a: {}, b: state } });
+      assert.deepEqual(waiting.said, [], JSON.stringify(state));
+    }
+  });
+
+  it("comes to everybody whom a new backend has a slot for", () => {
+    const world = new World(one);
+    world.ask("a");
+    const waiting = [1, 2, 3, 4].map(() => world.ask("a"));
+    world.apply({ ...two, models: { m: { a: 1, b: 3 } } });
+    for (let round = 0; round < 10; round++) {
+      for (const each of waiting) if (each.said.at(-1) === "reselect") each.enqueue("b");
+    }
+    assert.deepEqual(world.usage("b"), [3, 0], "all its slots are used");
+    assert.deepEqual(world.usage("a"), [1, 1]);
+  });
+
+  it("keeps the place that one's age gives", () => {
+    const world = new World(two);
+    world.ask("a");
+    const other = world.ask("b");
+    world.advance(10);
+    const older = world.ask("a");
+    world.advance(10);
+    const younger = world.ask("b");
+    world.apply({ ...two, backends: { a: { drained: true }, b: {} } });
+    assert.deepEqual(older.said, ["reselect"]);
+    older.enqueue("b");
+    assert.deepEqual([older.position, younger.position], [0, 1]);
+    other.permit.release("success");
+    assert.deepEqual([older.said.at(-1), younger.said], ["granted", []]);
+  });
+
+  it("comes to everybody when the backend turns unhealthy, once", () => {
+    const sick: Plan = { ...two, backends: { a: { health: "unhealthy" }, b: {} } };
+    const world = new World(two);
+    world.ask("a");
+    world.ask("b");
+    const waiting = [world.ask("a"), world.ask("a")];
+    world.apply(sick);
+    assert.deepEqual(
+      waiting.map(({ said }) => said),
+      [["reselect"], ["reselect"]],
+    );
+    assert.equal(world.candidate("a")?.failedAt, world.now);
+    const [first] = waiting;
+    first?.enqueue("a");
+    world.apply(sick);
+    assert.deepEqual(first?.said, ["reselect"], "it stays unhealthy: that is no news");
+    world.apply(two);
+    world.apply(sick);
+    assert.deepEqual(first?.said, ["reselect", "reselect"]);
+  });
+
+  it("comes at once where there is no such backend, lane, or no right to it", () => {
+    const world = new World({ ...two, backends: { a: { drained: true }, b: {} } });
+    assert.deepEqual(world.ask("a").said, ["reselect"]);
+    assert.deepEqual(world.ask("nobody").said, ["reselect"]);
+    assert.deepEqual(world.ask("b", "unknown").said, ["reselect"]);
+    assert.equal(world.ask("nobody").position, -1);
+  });
+});
+
+describe("a new snapshot", () => {
+  it("lets what runs on a removed backend end, and gives back what it held", () => {
+    const world = new World({ ...two, models: { m: { a: 2, b: 2 } }, caps: { m: 2 } });
+    const running = world.ask("a");
+    world.ask("b");
+    const waiting = world.ask("a");
+    world.apply({ backends: { b: {} }, models: { m: { b: 2 } }, caps: { m: 2 } });
+    assert.deepEqual(waiting.said, ["reselect"]);
+    waiting.enqueue("b");
+    assert.deepEqual(waiting.said, ["reselect"], "the model's cap is still used up");
+    running.permit.release("success");
+    assert.deepEqual(waiting.said, ["reselect", "granted"]);
+    assert.deepEqual(
+      world.fleet.usage().map(({ backend }) => backend),
+      ["b"],
+    );
+  });
+
+  it("keeps a backend's state while id, url and kind stay", () => {
+    const world = new World(one);
+    const running = world.ask("a");
+    running.permit.flowed(77);
+    const waiting = world.ask("a");
+    world.apply({ backends: { a: { weight: 9, health: "degraded" } }, models: { m: { a: 1 } } });
+    assert.deepEqual([waiting.said, waiting.position], [[], 0]);
+    assert.equal(world.fleet.lastChunkAt("a"), 77);
+    running.permit.release("success");
+    assert.deepEqual(waiting.said, ["granted"]);
+  });
+
+  for (const change of [{ url: "http://elsewhere" }, { kind: "vllm" as const }]) {
+    it(`makes it another backend when ${Object.keys(change)[0]} changes`, () => {
+      const world = new World(one);
+      const running = world.ask("a");
+      const waiting = world.ask("a");
+      world.apply({ backends: { a: change }, models: { m: { a: 1 } } });
+      assert.deepEqual(waiting.said, ["reselect"]);
+      waiting.enqueue("a");
+      const { connection, engine } = waiting.permit;
+      assert.deepEqual(
+        [connection.url, engine.kind],
+        ["url" in change ? change.url : "http://a", "kind" in change ? change.kind : "openai"],
+      );
+      running.permit.release("success");
+      assert.deepEqual(world.usage("a"), [1, 0], "the old one's end is not the new one's");
+    });
+  }
+
+  it("sends a model's queue elsewhere when the backend has it no more", () => {
+    const plan: Plan = { backends: { a: {}, b: {} }, models: { m: { a: 1, b: 1 }, n: { a: 1 } } };
+    const world = new World(plan);
+    for (const model of ["m", "n"]) world.ask("a", model);
+    const [m, n] = [world.ask("a", "m"), world.ask("a", "n")];
+    world.apply({ ...plan, models: { m: { b: 1 }, n: { a: 1 } } });
+    assert.deepEqual([m.said, n.said], [["reselect"], []]);
+  });
+});
+
+describe("candidates", () => {
+  it("are a model's targets, with what selection looks at", () => {
+    const models = { m: { a: 2, b: 1 }, n: { a: 2 } };
+    const world = new World({ backends: { a: { weight: 3 }, b: { health: "unknown" } }, models });
+    world.ask("a", "n");
+    world.ask("b", "m");
+    world.ask("b", "m");
+    const { target: _, ...a } = world.candidate("a") ?? assert.fail();
+    assert.deepEqual(a, { health: "healthy", free: true, load: 1, weight: 3, failedAt: null });
+    const b = world.candidate("b");
+    assert.deepEqual([b?.health, b?.free, b?.load, b?.target.model], ["unknown", false, 2, "m@b"]);
+  });
+
+  it("leave out the drained", () => {
+    const world = new World({ ...two, backends: { a: { drained: true }, b: {} } });
+    assert.equal(world.candidate("a"), undefined);
+    assert.notEqual(world.candidate("b"), undefined);
+  });
+
+  it("share the credit of their model, and only of that", () => {
+    const world = new World(two);
+    assert.equal(world.fleet.creditOf("m"), world.fleet.creditOf("m"));
+    assert.notEqual(world.fleet.creditOf("m"), world.fleet.creditOf("n"));
+  });
+});
+
+describe("usage", () => {
+  it("is the slots a backend has, within its sum, and what each model uses", () => {
+    const models = { m: { a: 4, b: 3 }, n: { a: 4 } };
+    const world = new World({ backends: { a: { concurrency: 5 }, b: {} }, models });
+    world.ask("a", "m");
+    assert.deepEqual(world.fleet.usage(), [
+      {
+        backend: "a",
+        slots: 5,
+        models: [
+          { model: "m", running: 1, waiting: 0 },
+          { model: "n", running: 0, waiting: 0 },
+        ],
+      },
+      { backend: "b", slots: 3, models: [{ model: "m", running: 0, waiting: 0 }] },
+    ]);
+  });
+});
+
+describe("close", () => {
+  it("leaves no timer", () => {
+    const world = new World(one);
+    world.ask("a");
+    const waiting = world.ask("a", "m", 1000);
+    world.fleet.close();
+    world.advance(100_000);
+    assert.deepEqual(waiting.said, []);
+  });
+});
+
+/*
+ * Any order of requests, endings and snapshots, driven as the data plane does: whoever has to
+ * choose again takes a backend with room, else any; whoever ends gives up every place it had.
+ */
+
+const BACKENDS = ["a", "b", "c"];
+const MODELS = ["m", "n"];
+const anyPlan: fc.Arbitrary<Plan> = fc
+  .record({
+    backends: fc.uniqueArray(
+      fc.record({
+        id: fc.constantFrom(...BACKENDS),
+        health: fc.constantFrom<Health>("healthy", "healthy", "unhealthy"),
+        drained: fc.constantFrom(false, false, false, true),
+        url: fc.constantFrom("http://1", "http://1", "http://2"),
+        concurrency: fc.constantFrom(null, 1, 3),
+      }),
+      { selector: ({ id }) => id },
+    ),
+    slots: fc.array(fc.nat({ max: 3 }), { minLength: 6, maxLength: 6 }),
+    caps: fc.array(fc.constantFrom(0, 1, 2), { minLength: 2, maxLength: 2 }),
+  })
+  .map(({ backends, slots, caps }): Plan => {
+    const models = MODELS.map((model, row) => {
+      const lanes = backends
+        .map(({ id }, at): [string, number] => [id, slots[row * 3 + at] ?? 0])
+        .filter(([, each]) => each > 0);
+      return [model, Object.fromEntries(lanes)] as const;
+    });
+    const limits = MODELS.map((model, at) => [model, caps[at] ?? 0] as const);
+    return {
+      backends: Object.fromEntries(backends.map(({ id, ...more }) => [id, more])),
+      models: Object.fromEntries(models),
+      caps: Object.fromEntries(limits.filter(([, limit]) => limit > 0)),
+    };
+  });
+
+const nat = fc.nat({ max: 50 });
+const anyStep = fc.oneof(
+  {
+    weight: 6,
+    arbitrary: fc.record({
+      type: fc.constant("ask" as const),
+      backend: fc.constantFrom(...BACKENDS),
+      model: fc.constantFrom(...MODELS),
+      patience: fc.nat({ max: 500 }),
+    }),
+  },
+  { weight: 4, arbitrary: fc.record({ type: fc.constant("release" as const), pick: nat }) },
+  { weight: 2, arbitrary: fc.record({ type: fc.constant("leave" as const), pick: nat }) },
+  {
+    weight: 2,
+    arbitrary: fc.record({ type: fc.constant("advance" as const), by: fc.nat({ max: 300 }) }),
+  },
+  { weight: 1, arbitrary: fc.record({ type: fc.constant("apply" as const), plan: anyPlan }) },
+);
+type Step = typeof anyStep extends fc.Arbitrary<infer Each> ? Each : never;
+
+interface DriveOptions {
+  /** What a request gives up when it ends; the data plane gives up all it ever waited in. */
+  leaves?: "all" | "latest";
+  /** Who comes takes a backend with room, where there is one, and nobody may wait beside one. */
+  isSpread?: boolean;
+}
+
+/** Drives a world and keeps books of who waits and who runs. */
+class Drive {
+  readonly world: World;
+  readonly #leaves: "all" | "latest";
+  readonly #isSpread: boolean;
+  asking: Asking[] = [];
+  running: Asking[] = [];
+  /** Whoever has ended, and how many decisions it had by then. */
+  readonly ended = new Map<Asking, number>();
+
+  constructor({ leaves = "latest", isSpread = false }: DriveOptions) {
+    this.#leaves = leaves;
+    this.#isSpread = isSpread;
+    const open = { a: 1, b: 2 };
+    const plan = { backends: { a: {}, b: {} }, models: { m: open, n: open }, caps: { n: 2 } };
+    const tight = { maxLength: 3, upstreamLimit: 4 };
+    this.world = new World(plan, isSpread ? { maxLength: 20 } : tight);
+  }
+
+  end(each: Asking): void {
+    this.asking = this.asking.filter((other) => other !== each);
+    this.running = this.running.filter((other) => other !== each);
+    each.leave(this.#leaves);
+    this.ended.set(each, each.decisions.length);
+  }
+
+  take(step: Step): void {
+    switch (step.type) {
+      case "ask":
+        this.asking.push(this.world.ask(this.#backendFor(step), step.model, step.patience));
+        break;
+      case "release": {
+        const each = this.running[step.pick % Math.max(1, this.running.length)];
+        if (each === undefined) break;
+        each.permit.release("success");
+        this.end(each);
+        break;
+      }
+      case "leave": {
+        const all = [...this.asking, ...this.running];
+        const each = all[step.pick % Math.max(1, all.length)];
+        if (each !== undefined) this.end(each);
+        break;
+      }
+      case "advance":
+        this.world.advance(step.by);
+        break;
+      case "apply":
+        this.world.apply(step.plan);
+    }
+    this.settle();
+  }
+
+  /** Reads the decisions until there is none left to act on. */
+  settle(): void {
+    for (let rounds = 0; ; rounds++) {
+      assert(rounds < 100, "chooses again for ever");
+      const moved = this.asking.filter((each) => this.#act(each));
+      if (moved.length === 0) return;
+    }
+  }
+
+  #act(each: Asking): boolean {
+    const decision = each.decisions[each.places.length - 1];
+    assert(each.decisions.length <= each.places.length, "one decision per place");
+    if (decision === undefined) return false;
+    switch (decision.type) {
+      case "granted":
+        this.asking = this.asking.filter((other) => other !== each);
+        this.running.push(each);
+        break;
+      case "refused":
+        this.end(each);
+        break;
+      case "reselect":
+        this.#chooseAgain(each);
+    }
+    return true;
+  }
+
+  #backendFor({ backend, model }: { backend: string; model: string }): string {
+    const free = this.#usable(model).find((each) => each.free);
+    return this.#isSpread && free !== undefined ? free.target.backend : backend;
+  }
+
+  #usable(name: string) {
+    const { snapshot, fleet } = this.world;
+    const model = snapshot.models.find((each) => each.name === name);
+    const candidates = model === undefined ? [] : fleet.candidates(snapshot, model);
+    return candidates.filter(({ health }) => health !== "unhealthy");
+  }
+
+  #chooseAgain(each: Asking): void {
+    const usable = this.#usable(each.ticket.model);
+    const chosen = usable.find(({ free }) => free) ?? usable[0];
+    if (chosen === undefined) this.end(each);
+    else each.enqueue(chosen.target.backend);
+  }
+
+  check(): void {
+    for (const [each, count] of this.ended) {
+      assert.equal(each.decisions.length, count, "told something after its end");
+    }
+    for (const backend of Object.values(this.world.fleet.usage())) {
+      const running = this.running.filter(({ permit }) => permit.connection.id === backend.backend);
+      const used = backend.models.reduce((sum, { running: count }) => sum + count, 0);
+      assert(used <= running.length, "a slot is held that nobody uses");
+    }
+    const usage = this.world.fleet.usage().flatMap(({ models }) => models);
+    const waiting = usage.reduce((sum, each) => sum + each.waiting, 0);
+    assert.equal(waiting, this.asking.length, "the queues hold who waits, and nobody else");
+    for (const each of this.asking) assert(each.position >= 0, "waits nowhere");
+  }
+
+  checkSpread(): void {
+    for (const { ticket } of this.asking) {
+      const idle = this.#usable(ticket.model).find(({ free }) => free);
+      assert(!idle, `${ticket.model} waits while ${idle?.target.backend} has room for it`);
+    }
+  }
+}
+
+function drive(steps: readonly Step[], options: DriveOptions = {}): Drive {
+  const driven = new Drive(options);
+  for (const step of steps) {
+    driven.take(step);
+    driven.check();
+    if (options.isSpread === true) driven.checkSpread();
+  }
+  return driven;
+}
+
+const anySteps = fc.array(anyStep, { maxLength: 60, size: "max" });
+
+/** Patient requests, and backends that come and go in good health. */
+const busySteps = fc.array(
+  fc.oneof(
+    {
+      weight: 5,
+      arbitrary: fc.record({
+        type: fc.constant("ask" as const),
+        backend: fc.constant("a"),
+        model: fc.constantFrom(...MODELS),
+        patience: fc.constant(100_000),
+      }),
+    },
+    { weight: 2, arbitrary: fc.record({ type: fc.constant("release" as const), pick: nat }) },
+    { weight: 1, arbitrary: fc.record({ type: fc.constant("leave" as const), pick: nat }) },
+    {
+      weight: 1,
+      arbitrary: fc.record({
+        type: fc.constant("apply" as const),
+        plan: fc.subarray(["b", "c"]).map((more): Plan => {
+          const ids = ["a", ...more];
+          const slots = Object.fromEntries(ids.map((id, at) => [id, at + 1]));
+          return {
+            backends: Object.fromEntries(ids.map((id) => [id, {}])),
+            models: { m: slots, n: slots },
+          };
+        }),
+      }),
+    },
+  ),
+  { maxLength: 40, size: "max" },
+);
+
+describe("any order of requests and snapshots", () => {
+  it("decides once per place, and keeps its queues equal to who waits", () => {
+    fc.assert(
+      fc.property(anySteps, (steps) => void drive(steps)),
+      { numRuns: 150 },
+    );
+  });
+
+  it("does so too when whoever ends gives up its earlier places again", () => {
+    fc.assert(
+      fc.property(anySteps, (steps) => void drive(steps, { leaves: "all" })),
+      { numRuns: 150 },
+    );
+  });
+
+  it("lets nobody wait while another backend has room", () => {
+    fc.assert(fc.property(busySteps, (steps) => void drive(steps, { isSpread: true })));
+  });
+
+  it("comes to rest with nothing running and nobody waiting", () => {
+    fc.assert(
+      fc.property(anySteps, (steps) => {
+        const driven = drive(steps);
+        while (driven.running.length > 0) driven.take({ type: "release", pick: 0 });
+        driven.world.advance(1000);
+        driven.settle();
+        while (driven.running.length > 0) driven.take({ type: "release", pick: 0 });
+        assert.deepEqual([driven.asking, driven.running], [[], []]);
+        for (const { models } of driven.world.fleet.usage()) {
+          for (const each of models) assert.deepEqual([each.running, each.waiting], [0, 0]);
+        }
+        // The caps that reach over backends have come back as well: the process's is 4.
+        const open = { a: 2, b: 2, c: 2 };
+        const plan = { backends: { a: {}, b: {}, c: {} }, models: { m: open, n: open } };
+        driven.world.apply(plan);
+        const all = BACKENDS.flatMap((id) => [driven.world.ask(id), driven.world.ask(id, "n")]);
+        assert.equal(all.filter(({ said }) => said[0] === "granted").length, 4);
+      }),
+      { numRuns: 100 },
+    );
+  });
+});

@@ -1,0 +1,362 @@
+/** The text of `/metrics`: names, labels and units of contract §6. */
+import assert from "node:assert/strict";
+import { describe, it } from "node:test";
+import type { MetricLabel } from "../../src/config.ts";
+import type { Health, Snapshot } from "../../src/core/snapshot.ts";
+import { Metrics, type Extras, type Gauges } from "../../src/telemetry/metrics.ts";
+import { newRecord, type RequestRecord } from "../../src/telemetry/record.ts";
+
+const LABELS: MetricLabel[] = ["model", "backend_id", "cache_hit", "status"];
+const BUCKETS = "0.005 0.01 0.025 0.05 0.1 0.25 0.5 1 2.5 5 10 30 60 120 300 600 +Inf".split(" ");
+
+function snapshot(...healths: Health[]): Snapshot {
+  const backends = healths.map((health, at) => ({
+    id: `b${at}`,
+    kind: "vllm",
+    url: "http://127.0.0.1:1",
+    health,
+    reason: "",
+    checkedAt: null,
+    drained: false,
+    weight: 1,
+    concurrency: null,
+  }));
+  return { version: 1, publishedAt: 0, backends, models: [] };
+}
+
+function metrics(gauges: Partial<Gauges> = {}, labels: readonly MetricLabel[] = LABELS): Metrics {
+  const nothing: Gauges = {
+    snapshot: () => snapshot(),
+    usage: () => [],
+    running: () => [],
+    heldBytes: () => 0,
+  };
+  return new Metrics(
+    labels,
+    { ...nothing, ...gauges },
+    {
+      version: "1.2.3",
+      runtime: "bun 9",
+      process: {
+        memoryUsage: { rss: () => 4096 },
+        cpuUsage: () => ({ user: 1_500_000, system: 500_000 }),
+      },
+    },
+  );
+}
+
+function record(more: Partial<RequestRecord> = {}): RequestRecord {
+  return {
+    ...newRecord("id", "/v1/chat/completions"),
+    model: "m",
+    backend_id: "a",
+    status: 200,
+    ending: "completed",
+    ...more,
+  };
+}
+
+function extras(more: Partial<Extras> = {}): Extras {
+  return { cachedTokens: null, interTokenMs: null, dispatched: true, ...more };
+}
+
+/** The samples of one metric: their labels in order of name, and the value. */
+async function samples(of: Metrics, name: string): Promise<Record<string, number>> {
+  const lines = (await of.text()).split("\n").filter((line) => {
+    return line.startsWith(`${name}{`) || line.startsWith(`${name} `);
+  });
+  return Object.fromEntries(
+    lines.map((line) => {
+      const [, labels = "", value] = /^\w+(?:\{(.*)\})? (\S+)$/.exec(line) ?? [];
+      return [
+        labels
+          .split(/,(?=\w+=")/)
+          .toSorted()
+          .join(","),
+        Number(value),
+      ];
+    }),
+  );
+}
+
+describe("what there is", () => {
+  const expected: Record<string, string> = {
+    tidegate_requests_total: "counter",
+    tidegate_attempts_total: "counter",
+    tidegate_retries_total: "counter",
+    tidegate_endings_total: "counter",
+    tidegate_aborts_total: "counter",
+    tidegate_refusals_total: "counter",
+    tidegate_tokens_total: "counter",
+    process_cpu_seconds_total: "counter",
+    tidegate_ttft_seconds: "histogram",
+    tidegate_inter_token_seconds: "histogram",
+    tidegate_request_duration_seconds: "histogram",
+    tidegate_queue_wait_seconds: "histogram",
+    tidegate_requests_in_flight: "gauge",
+    tidegate_queue_requests: "gauge",
+    tidegate_slots: "gauge",
+    tidegate_slots_in_use: "gauge",
+    tidegate_backend_health: "gauge",
+    tidegate_held_body_bytes: "gauge",
+    tidegate_event_loop_delay_seconds: "gauge",
+    tidegate_build_info: "gauge",
+    process_resident_memory_bytes: "gauge",
+    process_start_time_seconds: "gauge",
+  };
+
+  it("is what the contract says, each with its type and a word of help", async () => {
+    const text = await metrics().text();
+    const types = [...text.matchAll(/^# TYPE (\S+) (\S+)$/gm)].map(([, name, type]) => [
+      name,
+      type,
+    ]);
+    assert.deepEqual(Object.fromEntries(types), expected);
+    const helps = [...text.matchAll(/^# HELP (\S+) \S+/gm)].map(([, name]) => String(name));
+    assert.deepEqual(helps.toSorted(), Object.keys(expected).toSorted());
+  });
+
+  it("comes with the content type of the text format", () => {
+    assert.match(metrics().contentType, /^text\/plain; version=0\.0\.4/);
+  });
+});
+
+describe("a request", () => {
+  it("is counted once, with the labels that are configured", async () => {
+    const made = metrics();
+    made.request(record(), extras());
+    made.request(record({ status: 502, ending: "failed", cause: "upstream_error" }), extras());
+    made.request(record(), extras());
+    assert.deepEqual(await samples(made, "tidegate_requests_total"), {
+      'backend_id="a",cache_hit="false",model="m",status="200"': 2,
+      'backend_id="a",cache_hit="false",model="m",status="502"': 1,
+    });
+  });
+
+  it("has other labels where these are configured, or none", async () => {
+    const all: MetricLabel[] = [...LABELS, "tenant", "endpoint"];
+    const full = metrics({}, all);
+    full.request(record({ tenant: "team", cache_hit: true }), extras());
+    assert.deepEqual(await samples(full, "tidegate_requests_total"), {
+      'backend_id="a",cache_hit="true",endpoint="/v1/chat/completions",model="m",status="200",tenant="team"': 1,
+    });
+    const bare = metrics({}, []);
+    bare.request(record(), extras());
+    bare.request(record({ model: "n" }), extras());
+    assert.deepEqual(await samples(bare, "tidegate_requests_total"), { "": 2 });
+  });
+
+  it('has "none" where nothing was resolved, and never what the client wrote', async () => {
+    const made = metrics({}, [...LABELS, "tenant"]);
+    const lost = record({ model: null, backend_id: null, asked_model: "made up", status: 404 });
+    made.request(
+      { ...lost, ending: "failed", cause: "model_not_found" },
+      extras({ dispatched: false }),
+    );
+    assert.deepEqual(await samples(made, "tidegate_requests_total"), {
+      'backend_id="none",cache_hit="false",model="none",status="404",tenant="none"': 1,
+    });
+    assert(!(await made.text()).includes("made up"));
+  });
+
+  it("ends in one way", async () => {
+    const made = metrics();
+    made.request(record(), extras());
+    made.request(record({ ending: "cancelled", cause: "streaming", status: 200 }), extras());
+    made.request(
+      record({ ending: "cancelled", cause: "queued", status: 499 }),
+      extras({ dispatched: false }),
+    );
+    made.request(record({ ending: "failed", cause: "upstream_timeout", status: 504 }), extras());
+    made.request(
+      record({ ending: "failed", cause: "rate_limit_exceeded", status: 429 }),
+      extras({ dispatched: false }),
+    );
+    assert.deepEqual(await samples(made, "tidegate_endings_total"), {
+      'cause="none",ending="completed",model="m"': 1,
+      'cause="streaming",ending="cancelled",model="m"': 1,
+      'cause="queued",ending="cancelled",model="m"': 1,
+      'cause="upstream_timeout",ending="failed",model="m"': 1,
+      'cause="rate_limit_exceeded",ending="failed",model="m"': 1,
+    });
+    assert.deepEqual(await samples(made, "tidegate_aborts_total"), {
+      'model="m",phase="streaming"': 1,
+      'model="m",phase="queued"': 1,
+    });
+    assert.deepEqual(await samples(made, "tidegate_refusals_total"), {
+      'cause="rate_limit_exceeded",model="m"': 1,
+    });
+  });
+
+  it("adds its tokens by type, and nothing where nobody counted", async () => {
+    const made = metrics();
+    made.request(record({ tokens_input: 11, tokens_generated: 7 }), extras({ cachedTokens: 8 }));
+    made.request(record({ tokens_input: 1, tokens_generated: null }), extras({ cachedTokens: 0 }));
+    assert.deepEqual(await samples(made, "tidegate_tokens_total"), {
+      'backend_id="a",model="m",type="input"': 12,
+      'backend_id="a",model="m",type="output"': 7,
+      'backend_id="a",model="m",type="cached"': 8,
+    });
+  });
+
+  it("is observed in seconds, where there is something to observe", async () => {
+    const made = metrics();
+    const where = 'backend_id="a",model="m"';
+    made.request(
+      record({ latency_ms: 1500, ttft: 250, queue_ms: 2000 }),
+      extras({ interTokenMs: 20 }),
+    );
+    made.request(
+      record({ latency_ms: 500, ttft: null, queue_ms: 0 }),
+      extras({ dispatched: false }),
+    );
+    const read = async (name: string) => [
+      (await samples(made, `tidegate_${name}_sum`))[where],
+      (await samples(made, `tidegate_${name}_count`))[where],
+    ];
+    assert.deepEqual(await read("request_duration_seconds"), [2, 2]);
+    assert.deepEqual(await read("ttft_seconds"), [0.25, 1]);
+    assert.deepEqual(await read("inter_token_seconds"), [0.02, 1]);
+    assert.deepEqual(await read("queue_wait_seconds"), [2, 1]);
+  });
+
+  it("falls into the buckets of the contract", async () => {
+    const made = metrics();
+    made.request(record({ latency_ms: 100 }), extras());
+    const buckets = await samples(made, "tidegate_request_duration_seconds_bucket");
+    const bounds = Object.keys(buckets).map((labels) => /le="([^"]+)"/.exec(labels)?.[1]);
+    assert.deepEqual(bounds, BUCKETS);
+    const at = (le: string) => buckets[`backend_id="a",le="${le}",model="m"`];
+    assert.deepEqual([at("0.05"), at("0.1"), at("+Inf")], [0, 1, 1]);
+  });
+
+  it("keeps label values apart from the text around them", async () => {
+    const made = metrics({}, ["model"]);
+    made.request(record({ model: 'a"b\\c\nd' }), extras());
+    const line = (await made.text())
+      .split("\n")
+      .find((each) => each.startsWith("tidegate_requests_total{"));
+    assert.equal(line, String.raw`tidegate_requests_total{model="a\"b\\c\nd"} 1`);
+  });
+});
+
+describe("attempts and retries", () => {
+  it("are counted apart", async () => {
+    const made = metrics();
+    for (const outcome of ["success", "failure", "failure", "saturated", "ignore"] as const) {
+      made.attempt("a", outcome);
+    }
+    made.retry("a", "upstream_unreachable");
+    assert.deepEqual(await samples(made, "tidegate_attempts_total"), {
+      'backend_id="a",outcome="success"': 1,
+      'backend_id="a",outcome="failure"': 2,
+      'backend_id="a",outcome="saturated"': 1,
+      'backend_id="a",outcome="ignore"': 1,
+    });
+    assert.deepEqual(await samples(made, "tidegate_retries_total"), {
+      'backend_id="a",cause="upstream_unreachable"': 1,
+    });
+  });
+});
+
+describe("gauges", () => {
+  it("show requests in the house, by model and backend, none before these are known", async () => {
+    const running = [
+      { model: "m", backend_id: "a" },
+      { model: "m", backend_id: "a" },
+      { model: "m", backend_id: null },
+      { model: null, backend_id: null },
+    ];
+    assert.deepEqual(
+      await samples(metrics({ running: () => running }), "tidegate_requests_in_flight"),
+      {
+        'backend_id="a",model="m"': 2,
+        'backend_id="none",model="m"': 1,
+        'backend_id="none",model="none"': 1,
+      },
+    );
+  });
+
+  it("show slots by backend, and what is used and waiting by model", async () => {
+    const usage = () => [
+      {
+        backend: "a",
+        slots: 4,
+        models: [
+          { model: "m", running: 3, waiting: 2 },
+          { model: "n", running: 0, waiting: 0 },
+        ],
+      },
+      { backend: "b", slots: 64, models: [{ model: "m", running: 1, waiting: 5 }] },
+    ];
+    const made = metrics({ usage });
+    assert.deepEqual(await samples(made, "tidegate_slots"), {
+      'backend_id="a"': 4,
+      'backend_id="b"': 64,
+    });
+    assert.deepEqual(await samples(made, "tidegate_slots_in_use"), {
+      'backend_id="a",model="m"': 3,
+      'backend_id="a",model="n"': 0,
+      'backend_id="b",model="m"': 1,
+    });
+    assert.deepEqual(await samples(made, "tidegate_queue_requests"), {
+      'model="m"': 7,
+      'model="n"': 0,
+    });
+  });
+
+  it("show every state of health of every backend, as 0 or 1", async () => {
+    const made = metrics({
+      snapshot: () => snapshot("healthy", "unhealthy", "degraded", "unknown"),
+    });
+    const seen = await samples(made, "tidegate_backend_health");
+    assert.equal(Object.keys(seen).length, 16);
+    const ones = Object.entries(seen).filter(([, value]) => value === 1);
+    assert.deepEqual(ones.map(([labels]) => labels).toSorted(), [
+      'backend_id="b0",state="healthy"',
+      'backend_id="b1",state="unhealthy"',
+      'backend_id="b2",state="degraded"',
+      'backend_id="b3",state="unknown"',
+    ]);
+    assert(Object.values(seen).every((value) => value === 0 || value === 1));
+  });
+
+  it("show what is, not what was: nothing adds up over scrapes, and who has gone is gone", async () => {
+    let healths: Health[] = ["healthy", "healthy"];
+    let held = 7;
+    const made = metrics({ snapshot: () => snapshot(...healths), heldBytes: () => held });
+    await made.text();
+    assert.deepEqual(await samples(made, "tidegate_held_body_bytes"), { "": 7 });
+    healths = ["degraded"];
+    held = 0;
+    assert.deepEqual(await samples(made, "tidegate_held_body_bytes"), { "": 0 });
+    assert.deepEqual(await samples(made, "tidegate_backend_health"), {
+      'backend_id="b0",state="healthy"': 0,
+      'backend_id="b0",state="degraded"': 1,
+      'backend_id="b0",state="unhealthy"': 0,
+      'backend_id="b0",state="unknown"': 0,
+    });
+  });
+
+  it("show the process and the build", async () => {
+    const made = metrics();
+    await made.text();
+    assert.deepEqual(await samples(made, "tidegate_build_info"), {
+      'runtime="bun 9",version="1.2.3"': 1,
+    });
+    assert.deepEqual(await samples(made, "process_resident_memory_bytes"), { "": 4096 });
+    assert.deepEqual(await samples(made, "process_cpu_seconds_total"), { "": 2 });
+    const started = (await samples(made, "process_start_time_seconds"))[""] ?? 0;
+    assert(Math.abs(Date.now() / 1000 - started) < 3600, "Unix seconds");
+    const delay = (await samples(made, "tidegate_event_loop_delay_seconds"))[""] ?? -1;
+    assert(delay >= 0 && Number.isFinite(delay));
+  });
+});
+
+describe("two of them", () => {
+  it("share nothing", async () => {
+    const [one, other] = [metrics(), metrics()];
+    one.request(record(), extras());
+    assert.deepEqual(await samples(other, "tidegate_requests_total"), {});
+  });
+});
