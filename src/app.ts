@@ -8,7 +8,7 @@ import { checkOrigin, identify } from "./data/identify.ts";
 import { serve } from "./data/pipeline.ts";
 import type { Plane } from "./data/plane.ts";
 import { anthropic, countTokens, messages } from "./dialects/anthropic.ts";
-import { invalidParameter, type Endpoint } from "./dialects/dialect.ts";
+import { invalidParameter, type Dialect, type Endpoint } from "./dialects/dialect.ts";
 import {
   chatCompletions,
   completions,
@@ -17,6 +17,7 @@ import {
   rerank,
   responses,
 } from "./dialects/openai.ts";
+import { ollama } from "./dialects/ollama.ts";
 import { asGatewayError, GatewayError, quote } from "./errors.ts";
 
 const ENDPOINTS: readonly Endpoint[] = [
@@ -196,9 +197,14 @@ function isAnthropic(context: Context): boolean {
   return headers.get("anthropic-version") !== null || context.req.path.startsWith("/v1/messages");
 }
 
+function dialectOf(context: Context): Dialect {
+  if (isAnthropic(context)) return anthropic;
+  return context.req.path.startsWith("/api/") ? ollama : openai;
+}
+
 function answerError(context: Context, error: GatewayError): Response {
   const id = crypto.randomUUID();
-  const dialect = isAnthropic(context) ? anthropic : openai;
+  const dialect = dialectOf(context);
   const headers: Record<string, string> = { "x-request-id": id, ...error.headers() };
   if (dialect === anthropic) headers["request-id"] = id;
   return Response.json(dialect.errorBody(error, id), { status: error.status, headers });

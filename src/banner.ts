@@ -61,7 +61,7 @@ function backendLines(facts: BannerFacts, paint: Paint): string[] {
     .map(({ name, url, reason }) => `${bad} ${name.padEnd(12)} ${url.padEnd(26)} ${reason}`);
   const all = [...served, ...missing];
   const lines = all.map((line, at) => `  ${at === 0 ? "Backends" : "        "}  ${line}`);
-  if (facts.snapshot.backends.every(({ kind }) => kind === "demo")) {
+  if (facts.discovered.length > 0 && facts.snapshot.backends.every(({ kind }) => kind === "demo")) {
     const words = "No inference engine answered: the built-in demo engine does, as model demo.";
     lines.push(`  ${paint("33", "!")} ${words} Start an engine and then the gateway again.`);
   }

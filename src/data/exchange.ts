@@ -1,6 +1,7 @@
 import type { Outcome } from "../core/outcome.ts";
 import type { Snapshot } from "../core/snapshot.ts";
-import type { AnswerFacts, Endpoint, View } from "../dialects/dialect.ts";
+import { anthropic } from "../dialects/anthropic.ts";
+import type { AnswerFacts, Dialect, Endpoint, View } from "../dialects/dialect.ts";
 import { GatewayError } from "../errors.ts";
 import {
   newRecord,
@@ -37,6 +38,8 @@ export interface Timing {
 export class Exchange {
   readonly id: string = crypto.randomUUID();
   readonly endpoint: Endpoint;
+  /** How this caller's errors are worded: Anthropic's clients say who they are on every path. */
+  readonly dialect: Dialect;
   /** The client's headers. */
   readonly headers: Headers;
   /** Path and query as they go to the engine. */
@@ -67,6 +70,7 @@ export class Exchange {
     const url = new URL(request.url);
     this.#plane = plane;
     this.endpoint = endpoint;
+    this.dialect = request.headers.has("anthropic-version") ? anthropic : endpoint.dialect;
     this.headers = request.headers;
     this.path = endpoint.path + url.search;
     this.snapshot = plane.snapshot();
@@ -191,7 +195,7 @@ export class Exchange {
       "x-request-id": this.id,
       "x-tidegate-cache": record.cache,
     };
-    if (this.endpoint.path.startsWith("/v1/messages")) headers["request-id"] = this.id;
+    if (this.dialect === anthropic) headers["request-id"] = this.id;
     if (record.backend_id === null) return headers;
     headers["x-tidegate-backend"] = headerText(record.backend_id);
     headers["x-tidegate-model"] = headerText(record.model ?? "");

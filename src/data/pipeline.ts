@@ -158,7 +158,7 @@ function begin(
 function refuse(exchange: Exchange, thrown: unknown): Response {
   const error = exchange.error ?? asGatewayError(thrown);
   exchange.fail(error);
-  const { dialect } = exchange.endpoint;
+  const { dialect } = exchange;
   return Response.json(dialect.errorBody(error, exchange.id), {
     status: error.status,
     headers: { ...exchange.explain(), ...error.headers() },

@@ -230,7 +230,7 @@ export class Relay {
 
   /** The exchange has ended: whatever ended it, the client learns of it here, once. */
   #close() {
-    const { error, record, id, endpoint } = this.#exchange;
+    const { error, record, id, dialect } = this.#exchange;
     if (this.#closed) return;
     this.#closed = true;
     this.#attached.resolve();
@@ -238,7 +238,7 @@ export class Relay {
     if (record.ending === "failed" && record.stream) {
       // A frame that was let go in part has to be closed before another can begin.
       const gap = this.#released > 0 || this.#blind ? "\n\n" : "";
-      const event = error === null ? "" : endpoint.dialect.errorEvent(error, id);
+      const event = error === null ? "" : dialect.errorEvent(error, id);
       this.#controller.enqueue(encoder.encode(gap + event));
       return this.#controller.close();
     }
