@@ -105,14 +105,15 @@ describe("the file", () => {
     const folder = await directory({ "gateway.config.json": '{ "server": { "port": 4000 ' });
     const error = await failure(loadSettings({}, {}, folder));
     assert(error.message.includes(join(folder, "gateway.config.json")), error.message);
-    assert(!/\n\s+at /.test(error.message), "no stack");
+    assert(!error.message.includes("load.ts"), "no stack");
   });
 
   it("that is broken TypeScript is an error that names it", async () => {
     const folder = await directory({ "gateway.config.ts": "export default { server: {\n" });
     const error = await failure(loadSettings({}, {}, folder));
     assert(error.message.includes("gateway.config.ts"), error.message);
-    assert(!/\n\s+at /.test(error.message), "no stack");
+    // Deno says where in the file: that is no stack.
+    assert(!error.message.includes("load.ts"), "no stack");
   });
 
   it("that throws is an error with its words", async () => {

@@ -22,7 +22,7 @@ function spliced(text: string, edits: Record<string, string>): string {
 }
 
 /** A body whose every byte is known by its part. */
-interface Written {
+interface Body {
   lead: string;
   members: { before: string; name: string; colon: string; value: string; after: string }[];
   /** Between the braces of an object without members. */
@@ -30,13 +30,13 @@ interface Written {
   tail: string;
 }
 
-function textOf(written: Written, replaced: ReadonlyMap<string, string> = new Map()): string {
-  const members = written.members.map(({ before, name, colon, value, after }) => {
+function textOf(body: Body, replaced: ReadonlyMap<string, string> = new Map()): string {
+  const members = body.members.map(({ before, name, colon, value, after }) => {
     const decoded = JSON.parse(name) as string;
     return before + name + colon + (replaced.get(decoded) ?? value) + after;
   });
-  const inside = members.length === 0 ? written.inner : members.join(",");
-  return `${written.lead}{${inside}}${written.tail}`;
+  const inside = members.length === 0 ? body.inner : members.join(",");
+  return `${body.lead}{${inside}}${body.tail}`;
 }
 
 const space = fc.string({ unit: fc.constantFrom(" ", "\n", "\t", "\r"), maxLength: 3 });
@@ -52,7 +52,7 @@ const number = fc.constantFrom(
   "1e400",
 );
 /** What a string may be made of, as it is written. */
-const piece = fc.constantFrom(
+const PIECES = [
   "a",
   "é",
   "€😀\u2028\u007f",
@@ -64,19 +64,26 @@ const piece = fc.constantFrom(
   ":",
   " ",
   String.raw`\"`,
-  "\\\\",
   String.raw`\/\n\u0000`,
   String.raw`\u0022`,
-  String.raw`\u005c`,
   String.raw`\ud83d\ude00`,
   String.raw`\ud800`,
-);
-const string = fc.array(piece, { maxLength: 6 }).map((pieces) => `"${pieces.join("")}"`);
+];
+const BACKSLASHES = ["\\\\", String.raw`\u005c`];
+
+const written = (pieces: readonly string[]) =>
+  fc.array(fc.constantFrom(...pieces), { maxLength: 6 }).map((each) => `"${each.join("")}"`);
+const string = written([...PIECES, ...BACKSLASHES]);
+/**
+ * A key that may go through `JSON.parse`: the one of V8 15 (Deno 2.9) takes the key "\n" for "\\"
+ * once it has seen an object with a key that ends in a backslash.
+ */
+const plainKey = written(PIECES);
 
 const { value } = fc.letrec<{ value: string; list: string; object: string }>((tie) => {
   const padded = fc.tuple(space, tie("value"), space).map((parts) => parts.join(""));
   const member = fc
-    .tuple(space, string, space, padded)
+    .tuple(space, plainKey, space, padded)
     .map(([before, name, after, each]) => `${before}${name}${after}:${each}`);
   return {
     value: fc.oneof(
@@ -96,25 +103,21 @@ const { value } = fc.letrec<{ value: string; list: string; object: string }>((ti
   };
 });
 
-const member = fc.record({
-  before: space,
-  name: fc.oneof(
-    string,
-    fc.constantFrom('"model"', '"stream"', String.raw`"mod\u0065l"`, '"__proto__"', '""'),
-  ),
-  colon: fc.tuple(space, space).map(([before, after]) => `${before}:${after}`),
-  value,
-  after: space,
-});
-const frame = { lead: space, inner: space, tail: space };
-const withRepeats = fc.record({ ...frame, members: fc.array(member, { maxLength: 6 }) });
-const written = fc.record({
-  ...frame,
-  members: fc.uniqueArray(member, {
-    maxLength: 6,
-    selector: (each) => JSON.parse(each.name) as string,
-  }),
-});
+const body = (name: fc.Arbitrary<string>, isUnique: boolean): fc.Arbitrary<Body> => {
+  const special = fc.constantFrom('"model"', String.raw`"mod\u0065l"`, '"__proto__"', '""');
+  const member = fc.record({
+    before: space,
+    name: fc.oneof({ weight: 2, arbitrary: name }, special),
+    colon: fc.tuple(space, space).map(([before, after]) => `${before}:${after}`),
+    value,
+    after: space,
+  });
+  const nameOf = (each: { name: string }) => JSON.parse(each.name) as string;
+  const members = isUnique
+    ? fc.uniqueArray(member, { maxLength: 6, selector: nameOf })
+    : fc.array(member, { maxLength: 6 });
+  return fc.record({ lead: space, inner: space, tail: space, members });
+};
 const newKeys = fc.uniqueArray(
   fc.constantFrom("model", "stream", "stream_options", "max_tokens", 'a "quoted" one', "é"),
   { maxLength: 4 },
@@ -168,11 +171,9 @@ describe("topLevelKeys", () => {
 
   it("finds exactly what was written, for any object", () => {
     fc.assert(
-      fc.property(withRepeats, (each) => {
-        const text = textOf(each);
-        JSON.parse(text);
+      fc.property(body(string, false), (each) => {
         assert.deepEqual(
-          keysOf(text),
+          keysOf(textOf(each)),
           each.members.map((one) => [JSON.parse(one.name), one.value]),
         );
       }),
@@ -180,18 +181,18 @@ describe("topLevelKeys", () => {
     );
   });
 
-  it("agrees with JSON.parse on what JSON.stringify writes", () => {
+  it("finds what JSON.stringify has written, however it is laid out", () => {
     fc.assert(
       fc.property(
         fc.dictionary(fc.string(), fc.jsonValue()),
         fc.nat({ max: 3 }),
-        (body, indent) => {
-          const text = JSON.stringify(body, null, indent);
-          const parsed = JSON.parse(text) as Record<string, unknown>;
-          assert.deepEqual(
-            keysOf(text).map(([name, each]) => [name, JSON.parse(each)]),
-            Object.entries(parsed),
-          );
+        (each, indent) => {
+          const keys = keysOf(JSON.stringify(each, null, indent));
+          const flat = keys.map(([name, text]) => [name, text.replaceAll(/\n */g, "")]);
+          const wanted = Object.entries(each).map(([name, one]) => {
+            return [name, JSON.stringify(one, null, indent).replaceAll(/\n */g, "")];
+          });
+          assert.deepEqual(flat, wanted);
         },
       ),
     );
@@ -251,17 +252,17 @@ describe("splice", () => {
   it("parses to the expected object, with every other byte as it was, for any object and edits", () => {
     fc.assert(
       fc.property(
-        written,
+        body(plainKey, true),
         fc.array(fc.tuple(fc.nat(), value), { maxLength: 3 }),
         newKeys,
         fc.array(value, { minLength: 4, maxLength: 4 }),
-        (body, changes, added, addedValues) => {
-          const text = textOf(body);
-          const names = body.members.map((each) => JSON.parse(each.name) as string);
+        (each, changes, added, addedValues) => {
+          const text = textOf(each);
+          const names = each.members.map((one) => JSON.parse(one.name) as string);
           const edits = new Map<string, string>();
-          for (const [at, each] of changes) {
+          for (const [at, change] of changes) {
             const name = names[at % Math.max(1, names.length)];
-            if (name !== undefined) edits.set(name, each);
+            if (name !== undefined) edits.set(name, change);
           }
           for (const [at, name] of added.entries()) edits.set(name, addedValues[at] ?? "null");
           const bytes = encoder.encode(text);
@@ -269,10 +270,10 @@ describe("splice", () => {
 
           const before = Object.entries(JSON.parse(text) as object);
           const wanted = new Map<string, unknown>(before);
-          for (const [name, each] of edits) wanted.set(name, JSON.parse(each));
+          for (const [name, edit] of edits) wanted.set(name, JSON.parse(edit));
           assert.deepEqual(JSON.parse(result), Object.fromEntries(wanted));
 
-          const kept = textOf(body, edits);
+          const kept = textOf(each, edits);
           const missing = [...edits.keys()].filter((name) => !names.includes(name));
           if (missing.length === 0) {
             assert.equal(result, kept);

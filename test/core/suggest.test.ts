@@ -33,6 +33,7 @@ describe("suggest", () => {
 
   it("prefers the same word in another case to one that only begins alike", () => {
     assert.equal(suggest("Port", ["portable", "port"]), "port");
+    assert.equal(suggest("Port", ["port", "portable"]), "port");
   });
 
   it("says nothing where nothing is near", () => {
@@ -48,6 +49,8 @@ describe("suggest", () => {
   it("answers quickly for any length a client sends", () => {
     const word = "x".repeat(1_000_000);
     assert.equal(suggest(word, ["y".repeat(1_000_000), "port"]), null);
+    const bounded = "a".repeat(64);
+    assert.equal(suggest(bounded + "b".repeat(100), [bounded]), bounded, "looks at 64 letters");
   });
 
   it("suggests only known words, and always one that is a single edit away", () => {

@@ -186,6 +186,14 @@ const imitations: [what: string, kind: Kind | null, imitation: Imitation][] = [
     },
   ],
   [
+    "an SGLang that says only who owns its model",
+    "sglang",
+    {
+      paths: { "/": { body: "Ollama is running" }, "/v1/models": list("sglang") },
+      otherwise: DETAIL,
+    },
+  ],
+  [
     "LM Studio: 200 with an error on every path it does not know",
     "lmstudio",
     {

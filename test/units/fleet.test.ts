@@ -401,6 +401,20 @@ describe("choosing again", () => {
     }
   });
 
+  it("comes when a new backend has a slot, or one that was unhealthy", () => {
+    for (const before of [
+      one,
+      { ...two, backends: { a: {}, b: { health: "unhealthy" as const } } },
+    ]) {
+      const world = new World(before);
+      world.ask("a");
+      const waiting = world.ask("a");
+      assert.deepEqual(waiting.said, []);
+      world.apply(two);
+      assert.deepEqual(waiting.said, ["reselect"]);
+    }
+  });
+
   it("comes to everybody whom a new backend has a slot for", () => {
     const world = new World(one);
     world.ask("a");
@@ -411,6 +425,19 @@ describe("choosing again", () => {
     }
     assert.deepEqual(world.usage("b"), [3, 0], "all its slots are used");
     assert.deepEqual(world.usage("a"), [1, 1]);
+  });
+
+  it("does not go in vain to one of poorer health, least of all before somebody it helps", () => {
+    const world = new World({
+      backends: { a: {}, b: { health: "degraded" }, c: {}, d: {} },
+      models: { m: { a: 1, b: 1 }, n: { c: 1, d: 1 } },
+    });
+    world.ask("a", "m");
+    world.ask("c", "n");
+    const other = world.ask("d", "n");
+    const [vain, helped] = [world.ask("a", "m"), world.ask("c", "n")];
+    other.permit.release("success");
+    assert.deepEqual([vain.said, helped.said], [[], ["reselect"]]);
   });
 
   it("keeps the place that one's age gives", () => {
@@ -519,13 +546,12 @@ describe("a new snapshot", () => {
 
 describe("candidates", () => {
   it("are a model's targets, with what selection looks at", () => {
-    const models = { m: { a: 2, b: 1 }, n: { a: 2 } };
+    const models = { m: { a: 2, b: 2 }, n: { a: 2 } };
     const world = new World({ backends: { a: { weight: 3 }, b: { health: "unknown" } }, models });
-    world.ask("a", "n");
-    world.ask("b", "m");
-    world.ask("b", "m");
+    for (let each = 0; each < 3; each++) world.ask("a", "n");
+    for (let each = 0; each < 2; each++) world.ask("b", "m");
     const { target: _, ...a } = world.candidate("a") ?? assert.fail();
-    assert.deepEqual(a, { health: "healthy", free: true, load: 1, weight: 3, failedAt: null });
+    assert.deepEqual(a, { health: "healthy", free: true, load: 3, weight: 3, failedAt: null });
     const b = world.candidate("b");
     assert.deepEqual([b?.health, b?.free, b?.load, b?.target.model], ["unknown", false, 2, "m@b"]);
   });
@@ -566,10 +592,13 @@ describe("close", () => {
   it("leaves no timer", () => {
     const world = new World(one);
     world.ask("a");
-    const waiting = world.ask("a", "m", 1000);
+    const waiting = [world.ask("a", "m", 1000), world.ask("a", "m", 500)];
     world.fleet.close();
     world.advance(100_000);
-    assert.deepEqual(waiting.said, []);
+    assert.deepEqual(
+      waiting.map(({ said }) => said),
+      [[], []],
+    );
   });
 });
 

@@ -460,6 +460,18 @@ describe("readRefusal", () => {
     }
   });
 
+  it("keeps an engine's words about a 4xx whole, as far as that is sensible: clients read them", () => {
+    const words =
+      "This model's maximum context length is 512 tokens. However, you requested 700 tokens " +
+      "(200 in the messages, 500 in the completion). Please reduce the length of the messages " +
+      "or completion.";
+    const overflow = read({ kind: "vllm", status: 400, body: envelope(words, "BadRequestError") });
+    assert.equal(overflow.error.message, words);
+    const other = `${"x".repeat(120)} see the field "n"`;
+    const refused = read({ kind: "vllm", status: 422, body: envelope(other, "Unprocessable") });
+    assert.equal(refused.error.message, other);
+  });
+
   it("keeps out of the log what a 4xx repeats of the request", () => {
     const body = envelope("invalid value: 'the secret prompt'", "BadRequestError", 400);
     const detail = read({ kind: "vllm", status: 400, body }).error.detail ?? "";

@@ -1,0 +1,331 @@
+/** One request's way to a permit: chosen, waited for, chosen again, given up. */
+import assert from "node:assert/strict";
+import { afterEach, beforeEach, describe, it, mock } from "node:test";
+import { schema } from "../../src/config.ts";
+import type { Backend, Model, Snapshot } from "../../src/core/snapshot.ts";
+import { admit, waitingOf, type AdmitOptions } from "../../src/data/admit.ts";
+import { Exchange } from "../../src/data/exchange.ts";
+import { prepareAccess } from "../../src/data/identify.ts";
+import type { Plane } from "../../src/data/plane.ts";
+import { readView, type Endpoint } from "../../src/dialects/dialect.ts";
+import { chatCompletions, rerank } from "../../src/dialects/openai.ts";
+import { GatewayError } from "../../src/errors.ts";
+import { Fleet } from "../../src/fleet/fleet.ts";
+import { Log } from "../../src/telemetry/log.ts";
+import { untraced } from "../../src/telemetry/tracing.ts";
+
+function snapshotOf(models: Record<string, string[]>, more: Partial<Backend> = {}): Snapshot {
+  const ids = [...new Set(Object.values(models).flat())].toSorted((a, b) => (a < b ? -1 : 1));
+  return {
+    version: 1,
+    publishedAt: 0,
+    backends: ids.map((id): Backend => {
+      return {
+        id,
+        kind: "ollama",
+        url: `http://${id}`,
+        health: "healthy",
+        reason: "",
+        checkedAt: null,
+        drained: false,
+        weight: 1,
+        concurrency: null,
+        ...more,
+      };
+    }),
+    models: Object.entries(models).map(([name, backends]): Model => {
+      return {
+        name,
+        aliases: [],
+        concurrency: null,
+        contextLength: null,
+        capabilities: [],
+        createdAt: 0,
+        targets: backends.map((backend) => ({ backend, model: name, slots: 1, digest: null })),
+      };
+    }),
+  };
+}
+
+/** Everything around a request but the request: one slot per model and backend, a clock of its own. */
+class House {
+  now = 1000;
+  snapshot: Snapshot;
+  readonly fleet: Fleet;
+  readonly plane: Plane;
+  /** How often somebody looked at the newest snapshot: to choose again for ever would hang the test. */
+  #looks = 0;
+
+  constructor(models: Record<string, string[]>, more: Partial<Backend> = {}) {
+    const config = schema.parse({ queue: { maxWaitMs: 5000, maxLength: 2 } });
+    const now = () => this.now;
+    this.fleet = new Fleet({ now, maxLength: 2, upstreamLimit: Infinity, apiKeys: new Map() });
+    this.snapshot = snapshotOf(models, more);
+    this.fleet.apply(this.snapshot);
+    this.plane = {
+      config,
+      access: prepareAccess(config, []),
+      fleet: this.fleet,
+      log: new Log({ level: "error", json: true, colour: false, write: () => {} }),
+      metrics: null,
+      tracing: untraced,
+      exchanges: new Set(),
+      heldBytes: 0,
+      admitting: true,
+      now,
+      snapshot: () => {
+        this.#looks++;
+        assert(this.#looks < 100, "chooses again for ever");
+        return this.snapshot;
+      },
+      probe: () => Promise.resolve(false),
+    };
+  }
+
+  apply(models: Record<string, string[]>, more: Partial<Backend> = {}): void {
+    this.snapshot = snapshotOf(models, more);
+    this.fleet.apply(this.snapshot);
+  }
+
+  advance(by: number): void {
+    this.now += by;
+    mock.timers.tick(by);
+  }
+
+  request(
+    model: string,
+    headers: Record<string, string> = {},
+    endpoint: Endpoint = chatCompletions,
+  ) {
+    const request = new Request(`http://localhost${endpoint.path}`, { method: "POST", headers });
+    const exchange = new Exchange(this.plane, endpoint, request);
+    exchange.view = readView({ model });
+    return exchange;
+  }
+
+  admit(exchange: Exchange, options: Partial<AdmitOptions> = {}) {
+    const all = { tried: new Set<string>(), freeSlotOnly: false, ...options };
+    return admit(exchange, this.plane, all);
+  }
+
+  /** Running and waiting in all backends together. */
+  get usage(): [running: number, waiting: number] {
+    const all = this.fleet.usage().flatMap(({ models }) => models);
+    const sum = (key: "running" | "waiting") => all.reduce((total, each) => total + each[key], 0);
+    return [sum("running"), sum("waiting")];
+  }
+}
+
+async function refusal(admission: Promise<unknown>): Promise<GatewayError> {
+  const error: unknown = await admission.then(
+    () => assert.fail("was granted"),
+    (reason: unknown) => reason,
+  );
+  assert(error instanceof GatewayError, String(error));
+  return error;
+}
+
+/** Lets every promise that can go on go on, without a timer. */
+async function settle(): Promise<void> {
+  for (let turns = 0; turns < 500; turns++) await Promise.resolve();
+}
+
+/** What a promise brings that no timer holds up. */
+async function soon<T>(promise: Promise<T>): Promise<T> {
+  return await Promise.race([promise, settle().then((): never => assert.fail("still waits"))]);
+}
+
+beforeEach(() => mock.timers.enable({ apis: ["setTimeout"] }));
+afterEach(() => mock.timers.reset());
+
+describe("admit", () => {
+  it("grants at once where a slot is free, and says where and why", async () => {
+    const house = new House({ "m:latest": ["a"] });
+    const exchange = house.request("m");
+    const permit = await house.admit(exchange);
+    assert.equal(permit.target.backend, "a");
+    const { model, backend_id, reason, queue_ms } = exchange.record;
+    assert.deepEqual([model, backend_id, reason, queue_ms], ["m:latest", "a", "only", 0]);
+    assert.equal(waitingOf(exchange), null);
+  });
+
+  it("waits for a slot, in its place, and says how long", async () => {
+    const house = new House({ m: ["a"] });
+    const first = await house.admit(house.request("m"));
+    const exchange = house.request("m");
+    const other = house.request("m");
+    const [admission, behind] = [house.admit(exchange), house.admit(other)];
+    assert.deepEqual([waitingOf(exchange)?.position, waitingOf(other)?.position], [0, 1]);
+    house.advance(700);
+    first.release("success");
+    assert.equal((await admission).target.backend, "a");
+    assert.equal(exchange.record.queue_ms, 700);
+    assert.deepEqual([waitingOf(exchange), waitingOf(other)?.position], [null, 0]);
+    other.cancel();
+    await refusal(behind);
+  });
+
+  it("spreads over the targets that are free, then over all", async () => {
+    const house = new House({ m: ["a", "b"] });
+    const permits = [await house.admit(house.request("m")), await house.admit(house.request("m"))];
+    assert.deepEqual(permits.map(({ target }) => target.backend).toSorted(), ["a", "b"]);
+  });
+
+  it("gives up at queue.maxWaitMs, or earlier where the client does", async () => {
+    const house = new House({ m: ["a"] });
+    await house.admit(house.request("m"));
+    const patient = house.admit(house.request("m"));
+    const hasty = house.admit(house.request("m", { "x-stainless-timeout": "2" }));
+    house.advance(2000);
+    const early = await refusal(hasty);
+    assert.deepEqual([early.code, early.status], ["rate_limit_exceeded", 429]);
+    assert((early.retryAfterMs ?? 0) > 0);
+    assert.deepEqual(house.usage, [1, 1]);
+    house.advance(3000);
+    assert.equal((await refusal(patient)).code, "rate_limit_exceeded");
+    assert.deepEqual(house.usage, [1, 0]);
+  });
+
+  it("refuses when the queue is full, with a time to come back", async () => {
+    const house = new House({ m: ["a"] });
+    await house.admit(house.request("m"));
+    const waiting = [house.request("m"), house.request("m")];
+    const admissions = waiting.map((each) => house.admit(each));
+    const error = await refusal(house.admit(house.request("m")));
+    assert.equal(error.code, "rate_limit_exceeded");
+    assert.match(error.message, /full/);
+    assert((error.retryAfterMs ?? 0) > 0);
+    for (const each of waiting) each.cancel();
+    await Promise.all(admissions.map(refusal));
+  });
+
+  it("leaves the queue when the client leaves", async () => {
+    const house = new House({ m: ["a"] });
+    const first = await house.admit(house.request("m"));
+    const exchange = house.request("m");
+    const admission = house.admit(exchange);
+    exchange.cancel();
+    assert.equal((await refusal(admission)).code, "client_closed_request");
+    assert.deepEqual(house.usage, [1, 0]);
+    first.release("success");
+    assert.deepEqual(house.usage, [0, 0]);
+    assert.equal(exchange.record.cause, "queued");
+  });
+
+  it("gives back what is granted in the moment the client leaves", async () => {
+    const house = new House({ m: ["a"] });
+    const first = await house.admit(house.request("m"));
+    const exchange = house.request("m");
+    const admission = house.admit(exchange);
+    first.release("success");
+    exchange.cancel();
+    await refusal(admission);
+    assert.deepEqual(house.usage, [0, 0]);
+  });
+
+  it("chooses again in the newest snapshot when its backend goes", async () => {
+    const house = new House({ m: ["a"] });
+    await house.admit(house.request("m"));
+    const exchange = house.request("m");
+    const admission = house.admit(exchange);
+    house.apply({ m: ["b"] });
+    assert.equal((await admission).target.backend, "b");
+    assert.equal(exchange.record.backend_id, "b");
+    assert.equal(exchange.snapshot, house.snapshot);
+  });
+
+  it("leaves the queue it has chosen again when the client leaves", async () => {
+    const house = new House({ m: ["a", "b"] });
+    for (let each = 0; each < 2; each++) await house.admit(house.request("m"));
+    const exchange = house.request("m");
+    const admission = house.admit(exchange);
+    const [there] = house.fleet.usage().filter(({ models }) => models[0]?.waiting === 0);
+    assert(there !== undefined);
+    house.apply({ m: [there.backend] });
+    await settle();
+    assert.deepEqual([exchange.record.backend_id, house.usage], [there.backend, [1, 1]]);
+    exchange.cancel();
+    await refusal(admission);
+    assert.deepEqual(house.usage, [1, 0]);
+  });
+
+  for (const backend of ["a", "b"]) {
+    it(`follows its name to another model on ${backend === "a" ? "its" : "another"} backend`, async () => {
+      const house = new House({ "qwen:7b": ["a"] });
+      await house.admit(house.request("qwen"));
+      const exchange = house.request("qwen");
+      const admission = house.admit(exchange);
+      assert.equal(exchange.record.model, "qwen:7b");
+      house.apply({ "qwen:14b": [backend] });
+      const permit = await soon(admission);
+      assert.equal(permit.target.model, "qwen:14b");
+      assert.equal(exchange.record.model, "qwen:14b");
+    });
+  }
+
+  it("says that the model has gone when it has", async () => {
+    const house = new House({ m: ["a"] });
+    await house.admit(house.request("m"));
+    const admission = house.admit(house.request("m"));
+    house.apply({ other: ["a"] });
+    assert.equal((await refusal(admission)).code, "model_not_found");
+  });
+
+  it("knows no such model, and guesses what was meant", async () => {
+    const house = new House({ "llama3:8b": ["a"] });
+    const error = await refusal(house.admit(house.request("lama3:8b")));
+    assert.deepEqual([error.code, error.status, error.param], ["model_not_found", 404, "model"]);
+    assert.match(error.message, /llama3:8b/);
+  });
+
+  it("says so when no backend of the model does this endpoint", async () => {
+    const house = new House({ m: ["a"] });
+    const error = await refusal(house.admit(house.request("m", {}, rerank)));
+    assert.deepEqual([error.code, error.status], ["unsupported_endpoint", 501]);
+  });
+
+  it("sends one trial at a time where all are unhealthy, and refuses the others", async () => {
+    const sick = { health: "unhealthy" as const, reason: "connection refused" };
+    const house = new House({ m: ["a", "b"] }, sick);
+    const exchange = house.request("m");
+    const trial = await house.admit(exchange);
+    assert.equal(exchange.record.reason, "trial");
+    const error = await refusal(house.admit(house.request("m")));
+    assert.deepEqual([error.code, error.status], ["no_backend_available", 503]);
+    assert((error.retryAfterMs ?? 0) > 0);
+    assert.match(error.message, /connection refused/);
+    house.now++;
+    trial.release("failure");
+    const next = await house.admit(house.request("m"));
+    assert.notEqual(next.target.backend, trial.target.backend);
+  });
+
+  it("retries elsewhere, as long as there is an elsewhere", async () => {
+    const house = new House({ m: ["a", "b"] });
+    const exchange = house.request("m");
+    const permit = await house.admit(exchange, { tried: new Set(["a"]) });
+    assert.deepEqual([permit.target.backend, exchange.record.reason], ["b", "retry"]);
+    permit.release("failure");
+    await refusal(house.admit(house.request("m"), { tried: new Set(["a", "b"]) }));
+  });
+
+  it("sends one trial at a time, also for a retry", async () => {
+    const house = new House({ m: ["a", "b"] }, { health: "unhealthy" });
+    const trial = await house.admit(house.request("m"), { tried: new Set(["b"]) });
+    assert.equal(trial.target.backend, "a");
+    await refusal(house.admit(house.request("m"), { tried: new Set(["a"]) }));
+    await refusal(house.admit(house.request("m"), { freeSlotOnly: true }));
+    trial.release("failure");
+    const next = await house.admit(house.request("m"), { tried: new Set(["a"]) });
+    assert.equal(next.target.backend, "b");
+  });
+
+  it("does not wait where only a free slot will do", async () => {
+    const house = new House({ m: ["a", "b"] });
+    const first = await house.admit(house.request("m"));
+    const second = await house.admit(house.request("m"), { freeSlotOnly: true });
+    assert.notEqual(second.target.backend, first.target.backend);
+    await refusal(house.admit(house.request("m"), { freeSlotOnly: true }));
+    assert.deepEqual(house.usage, [2, 0]);
+  });
+});
