@@ -13,9 +13,10 @@ function rootUrl(url: string): string {
   return url.replace(/\/+$/, "").replace(/\/v1$/, "").replace(/\/+$/, "");
 }
 
-const httpUrl = z
-  .url({ protocol: /^https?$/, error: "expected an http(s) URL such as http://127.0.0.1:11434" })
-  .transform(rootUrl);
+const httpUrl = z.url({
+  protocol: /^https?$/,
+  error: "expected an http(s) URL such as http://127.0.0.1:11434",
+});
 
 const namedModel = z.union([
   z.string().min(1),
@@ -25,7 +26,7 @@ const namedModel = z.union([
 const backend = z.strictObject({
   id: z.string().min(1),
   kind: z.enum(KINDS).optional(),
-  url: httpUrl.optional(),
+  url: httpUrl.transform(rootUrl).optional(),
   models: z.array(namedModel).optional(),
   apiKey: z.string().min(1).optional(),
   concurrency: z.number().int().min(1).optional(),

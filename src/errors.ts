@@ -96,10 +96,15 @@ export function asGatewayError(error: unknown): GatewayError {
   );
 }
 
+/** Text without what could break up or colour a line in a log or a terminal. */
+export function printable(text: string): string {
+  // oxlint-disable-next-line no-control-regex -- control characters are what it is about
+  return text.replaceAll(/[\u0000-\u001f\u007f-\u009f\u2028\u2029]/g, "\uFFFD");
+}
+
 /** A value of the client inside a message: bounded, without control characters. */
 export function quote(value: unknown): string {
   const text = typeof value === "string" ? value : (JSON.stringify(value) ?? String(value));
   const cut = text.length > 100 ? `${text.slice(0, 100)}…` : text;
-  // oxlint-disable-next-line no-control-regex -- these are what must not reach a log or a terminal
-  return `"${cut.replaceAll(/[\u0000-\u001f\u007f-\u009f\u2028\u2029]/g, "\uFFFD")}"`;
+  return `"${printable(cut)}"`;
 }

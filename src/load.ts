@@ -54,9 +54,13 @@ const VARIABLES = ["TIDEGATE_CONFIG", "TIDEGATE_API_KEYS"];
  */
 export async function loadSettings(
   flags: Flags,
-  environment: Environment,
+  variables: Environment,
   directory: string,
 ): Promise<Settings> {
+  // An empty variable is an unset one, as the OpenTelemetry specification has it.
+  const environment: Environment = Object.fromEntries(
+    Object.entries(variables).filter(([, value]) => value !== ""),
+  );
   const named = flags.config ?? environment["TIDEGATE_CONFIG"];
   const found = named ?? FILES.find((file) => existsSync(resolve(directory, file)));
   const source = found ?? "defaults";
@@ -66,7 +70,7 @@ export async function loadSettings(
   const checked = check(raw);
   const mistakes = [...missing, ...("mistakes" in checked ? checked.mistakes : [])];
   const environmentKeys = keysOf(environment["TIDEGATE_API_KEYS"] ?? "");
-  if ("config" in checked) mistakes.push(...bindMistakes(checked.config, environmentKeys));
+  mistakes.push(...bindMistakes(checked, raw, environmentKeys));
   if (mistakes.length > 0 || !("config" in checked)) throw new ConfigError(source, mistakes);
   const notes = [...strangers(environment), ...notYet(checked.config)];
   return { config: checked.config, environmentKeys, source, notes };
@@ -87,7 +91,9 @@ async function readConfigFile(path: string, shown: string): Promise<unknown> {
   try {
     if (path.endsWith(".json")) return JSON.parse(await readFile(path, "utf8"));
     const module: unknown = await import(path);
-    return (module as { default?: unknown }).default ?? {};
+    const exported = (module as { default?: unknown }).default;
+    if (exported === undefined) throw new Error("it has no export default");
+    return exported;
   } catch (error) {
     throw unreadable(error instanceof Error ? error.message : String(error));
   }
@@ -114,7 +120,8 @@ function interpolate(
   }
   if (typeof value !== "object" || value === null) return value;
   const entries = Object.entries(value).map(([key, each]) => {
-    const below = path === "" ? key : `${path}.${key}`;
+    const name = /^[\w-]+$/.test(key) ? key : JSON.stringify(key);
+    const below = path === "" ? name : `${path}.${name}`;
     return [key, interpolate(each, environment, below, missing)] as const;
   });
   return Object.fromEntries(entries);
@@ -124,7 +131,9 @@ function overlay(file: unknown, flags: Flags, environment: Environment): unknown
   if (typeof file !== "object" || file === null || Array.isArray(file)) return file;
   const raw = { ...file } as Record<string, Record<string, unknown> | undefined>;
   const set = (section: string, key: string, value: unknown) => {
-    if (value === undefined) return;
+    // A section that is no section is left for the check to name.
+    const given: unknown = raw[section] ?? {};
+    if (value === undefined || typeof given !== "object") return;
     raw[section] = { ...raw[section], [key]: value };
   };
   const port = environment["PORT"];
@@ -161,9 +170,17 @@ export function isLoopback(host: string): boolean {
   return bare === "localhost" || bare === "::1" || /^127\.\d+\.\d+\.\d+$/.test(bare);
 }
 
-function bindMistakes(config: Config, environmentKeys: EnvironmentKey[]): Mistake[] {
-  const { host, insecure } = config.server;
-  const guarded = config.auth.keys.length > 0 || environmentKeys.length > 0;
+function bindMistakes(
+  checked: ReturnType<typeof check>,
+  raw: unknown,
+  environmentKeys: EnvironmentKey[],
+): Mistake[] {
+  // Mistakes elsewhere do not keep these two sections from being judged.
+  const { server, auth } = (raw ?? {}) as { server?: unknown; auth?: unknown };
+  const sections = "config" in checked ? checked : check({ server, auth });
+  if (!("config" in sections)) return [];
+  const { host, insecure } = sections.config.server;
+  const guarded = sections.config.auth.keys.length > 0 || environmentKeys.length > 0;
   if (isLoopback(host) || insecure || guarded) return [];
   const expected =
     "who may call, since others can reach this address: set auth.keys (or TIDEGATE_API_KEYS), " +

@@ -17,7 +17,17 @@ const LATER = new Set(
   admin tenant`.split(/\s+/),
 );
 
-const SECRET = /(^|\.)(key|hash|apiKey)$/;
+const SECRET = /key|hash|auth|secret|password|redis|admin/i;
+
+/** A value as it may be printed: nothing below a name that could hold a secret, no password in a URL. */
+function shown(path: Path, value: unknown): unknown {
+  if (typeof value !== "string" && (typeof value !== "object" || value === null)) return value;
+  if (path.some((part) => SECRET.test(String(part)))) return "***";
+  if (typeof value === "string") return value.replaceAll(/\/\/[^@/]*@/g, "//***@");
+  if (Array.isArray(value)) return value.map((each, at) => shown([...path, at], each));
+  const entries = Object.entries(value).map(([key, each]) => [key, shown([...path, key], each)]);
+  return Object.fromEntries(entries);
+}
 
 type Path = readonly PropertyKey[];
 
@@ -71,11 +81,12 @@ function mistakesOf(issue: z.core.$ZodIssue, raw: unknown, base: Path = []): Mis
       const known = knownKeys(path);
       return {
         path: pathText([...path, key]),
-        value: SECRET.test(key) ? "***" : valueAt(raw, [...path, key]),
+        value: shown([...path, key], valueAt(raw, [...path, key])),
         expected: LATER.has(key)
           ? "nothing yet: this key comes with a later version"
           : `one of ${known.join(", ")}`,
-        suggestion: LATER.has(key) ? null : suggest(key, known),
+        // A key of the other alternative of a union is known, and still not allowed here.
+        suggestion: LATER.has(key) || known.includes(key) ? null : suggest(key, known),
       };
     });
   }
@@ -93,11 +104,16 @@ function mistakesOf(issue: z.core.$ZodIssue, raw: unknown, base: Path = []): Mis
   return [
     {
       path: text,
-      value: SECRET.test(text) && value !== undefined ? "***" : value,
-      expected: options.length > 0 ? `one of ${options.join(", ")}` : issue.message,
+      value: shown(path, value),
+      expected: options.length > 0 ? `one of ${options.join(", ")}` : wanted(issue.message),
       suggestion: typeof value === "string" ? suggest(value, options) : null,
     },
   ];
+}
+
+/** zod's sentence behind "expected". */
+function wanted(message: string): string {
+  return message.replace(/^(?:Invalid input: )?expected /, "");
 }
 
 function listOf(value: unknown): unknown[] {

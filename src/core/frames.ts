@@ -21,23 +21,19 @@ export class FrameCutter {
   cut(chunk: Uint8Array): number[] {
     const ends: number[] = [];
     let lineStart = 0;
+    // A CR that closed the previous chunk and is not followed by LF belongs to its line.
+    if (this.#endsInCarriageReturn && chunk.length > 0 && chunk[0] !== LF) this.#lineLength++;
     for (let at = chunk.indexOf(LF); at !== -1; at = chunk.indexOf(LF, lineStart)) {
-      const carriageReturn = at === 0 ? this.#endsInCarriageReturn : chunk[at - 1] === CR;
-      // Whether the CR came with this chunk or an earlier one, it is not part of the line.
-      const length =
-        this.#lineLength + (at - lineStart) - (carriageReturn && at > lineStart ? 1 : 0);
+      // The CR of a CRLF is no part of the line; one that came with an earlier chunk was not counted.
+      const carriageReturn = at > lineStart && chunk[at - 1] === CR ? 1 : 0;
+      const length = this.#lineLength + (at - lineStart) - carriageReturn;
       if (length === 0) ends.push(at + 1);
       this.#lineLength = 0;
-      this.#endsInCarriageReturn = false;
       lineStart = at + 1;
     }
-    if (lineStart < chunk.length) {
-      const carriageReturn = chunk[chunk.length - 1] === CR;
-      // A CR that closed the previous chunk and was not followed by LF belongs to the line.
-      const before = this.#endsInCarriageReturn ? 1 : 0;
-      this.#lineLength += before + (chunk.length - lineStart) - (carriageReturn ? 1 : 0);
-      this.#endsInCarriageReturn = carriageReturn;
-    }
+    if (chunk.length === 0) return ends;
+    this.#endsInCarriageReturn = lineStart < chunk.length && chunk[chunk.length - 1] === CR;
+    this.#lineLength += chunk.length - lineStart - (this.#endsInCarriageReturn ? 1 : 0);
     return ends;
   }
 }

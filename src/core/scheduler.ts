@@ -11,6 +11,8 @@ export interface Ticket {
   readonly arrivedAt: number;
   /** When waiting has become pointless. */
   readonly deadlineAt: number;
+  /** Backends it may not go to: they have failed it, or do not speak its path. */
+  readonly barred: ReadonlySet<string>;
 }
 
 /** The requests of one model in one backend. */
@@ -147,7 +149,8 @@ function grant(state: SchedulerState, lane: Lane, ticket: Ticket, effects: Sched
 
 function arrive(state: SchedulerState, ticket: Ticket, now: number, effects: SchedulerEffect[]) {
   const lane = state.lanes.get(ticket.model);
-  if (lane === undefined || !state.available) {
+  // A lane that is gone keeps its counters until its last request has ended, and grants nothing.
+  if (lane === undefined || lane.slots.limit === 0 || !state.available) {
     effects.push({ type: "reselect", ticket });
   } else if (lane.queue.length === 0 && mayStart(state, lane)) {
     grant(state, lane, ticket, effects);
@@ -260,5 +263,5 @@ function arm(state: SchedulerState, effects: SchedulerEffect[]) {
 /** How long a request that came now would wait, from what was measured. */
 function waitOf(lane: Lane): number {
   const perSlot = (lane.queue.length + 1) / Math.max(1, lane.slots.limit);
-  return Math.ceil(perSlot * (lane.serviceMs ?? UNMEASURED_SERVICE_MS));
+  return Math.max(1, Math.ceil(perSlot * (lane.serviceMs ?? UNMEASURED_SERVICE_MS)));
 }

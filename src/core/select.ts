@@ -9,6 +9,8 @@ export interface Candidate {
   /** Running and waiting requests of the whole backend. */
   load: number;
   weight: number;
+  /** Not for this request; it still counts where one trial at a time is allowed. */
+  barred?: boolean;
   /** When this backend last failed a request or a probe (same clock throughout), null for never. */
   failedAt: number | null;
 }
@@ -34,13 +36,16 @@ const TIERS: readonly Health[] = ["healthy", "degraded", "unknown"];
  */
 export function select(candidates: readonly Candidate[], credit: Credit): Selection | null {
   for (const health of TIERS) {
-    const tier = candidates.filter((candidate) => candidate.health === health);
+    const tier = candidates.filter((candidate) => candidate.health === health && !candidate.barred);
     if (tier.length > 0) return leastBusy(tier, credit);
   }
   // One trial goes to the backend that has been left alone for longest; while it runs there is
   // something in flight there, and the others are refused.
-  const [trial] = candidates.toSorted((a, b) => (a.failedAt ?? 0) - (b.failedAt ?? 0));
-  if (trial === undefined || candidates.some((candidate) => candidate.load > 0)) return null;
+  const unhealthy = candidates.filter((candidate) => candidate.health === "unhealthy");
+  const [trial] = unhealthy
+    .filter((candidate) => !candidate.barred)
+    .toSorted((a, b) => (a.failedAt ?? 0) - (b.failedAt ?? 0));
+  if (trial === undefined || unhealthy.some((candidate) => candidate.load > 0)) return null;
   return { target: trial.target, reason: "trial" };
 }
 

@@ -38,7 +38,9 @@ export function suggest(written: string, known: Iterable<string>): string | null
   for (const word of known) {
     const candidate = word.slice(0, 64).toLowerCase();
     const score =
-      needle.length >= 2 && candidate.startsWith(needle) ? 0.5 : distance(needle, candidate);
+      needle.length >= 2 && candidate !== needle && candidate.startsWith(needle)
+        ? 0.5
+        : distance(needle, candidate);
     if (score < bestScore) {
       best = word;
       bestScore = score;

@@ -71,11 +71,12 @@ export async function admit(
   const { maxWaitMs } = plane.config.queue;
   const patience = Math.min(maxWaitMs, clientTimeoutMs(exchange) ?? Infinity);
   let model = resolveModel(exchange, plane);
-  const ticket: Ticket = {
+  let ticket: Ticket = {
     id: exchange.id,
     model: model.name,
     arrivedAt: exchange.receivedAt,
     deadlineAt: exchange.receivedAt + patience,
+    barred: barredFor(exchange, plane, model, options.tried),
   };
   let endSpan: (() => void) | null = null;
   try {
@@ -94,6 +95,8 @@ export async function admit(
       if (decided.type === "refused") throw refusal(decided, model, patience);
       exchange.snapshot = plane.snapshot();
       model = resolveModel(exchange, plane);
+      const barred = barredFor(exchange, plane, model, options.tried);
+      ticket = { ...ticket, model: model.name, barred };
     }
   } finally {
     places.delete(exchange);
@@ -103,6 +106,17 @@ export async function admit(
       exchange.record.queue_ms = Math.round(exchange.timing.queue);
     }
   }
+}
+
+function barredFor(
+  exchange: Exchange,
+  plane: Plane,
+  model: Model,
+  tried: ReadonlySet<string>,
+): ReadonlySet<string> {
+  const { path } = exchange.endpoint;
+  const mute = model.targets.filter(({ backend }) => !plane.fleet.engineFor(backend)?.speaks(path));
+  return mute.length === 0 ? tried : new Set([...tried, ...mute.map(({ backend }) => backend)]);
 }
 
 interface Asked {
@@ -118,13 +132,13 @@ function ask(
   plane: Plane,
   model: Model,
   ticket: Ticket,
-  { tried, freeSlotOnly }: AdmitOptions,
+  { freeSlotOnly }: AdmitOptions,
 ): Asked {
   const { fleet } = plane;
-  const candidates = fleet
-    .candidates(exchange.snapshot, model)
-    .filter(({ target, free }) => !tried.has(target.backend) && (free || !freeSlotOnly))
-    .filter(({ target }) => fleet.engineFor(target.backend)?.speaks(exchange.endpoint.path));
+  const candidates = fleet.candidates(exchange.snapshot, model).map((candidate) => {
+    const barred = ticket.barred.has(candidate.target.backend) || (freeSlotOnly && !candidate.free);
+    return barred ? { ...candidate, barred } : candidate;
+  });
   const selection = select(candidates, fleet.creditOf(model.name));
   if (selection === null) {
     throw new GatewayError(

@@ -2,7 +2,7 @@ import type { Kind } from "../config.ts";
 import type { Fault } from "../core/outcome.ts";
 import type { Keys } from "../core/splice.ts";
 import { errorWords, isRecord, numberOf, textOf, type Endpoint } from "../dialects/dialect.ts";
-import { GatewayError, quote } from "../errors.ts";
+import { GatewayError, printable, quote } from "../errors.ts";
 
 /** How one backend is reached. */
 export interface Connection {
@@ -180,7 +180,7 @@ function refusalOf(text: string): { words: string; type: string | null; code: st
 
 /** An engine's words inside our message: bounded, on one line. */
 function cited(words: string): string {
-  return words === "" ? "no words" : quote(words.slice(0, 300)).slice(1, -1);
+  return words === "" ? "no words" : printable(words.slice(0, 500));
 }
 
 function retryAfterOf(headers: Headers): number {
@@ -235,7 +235,10 @@ export function readRefusal(
     return { fault: "misconfigured", error };
   }
   const context = `${type ?? ""} ${code ?? ""} ${words}`;
-  if (status === 400 && (code === "context_length_exceeded" || CONTEXT_WORDS.test(context))) {
+  if (
+    (status === 400 || status === 422) &&
+    (code === "context_length_exceeded" || CONTEXT_WORDS.test(context))
+  ) {
     const error = new GatewayError("context_length_exceeded", cited(words), details);
     return { fault: "rejected", error };
   }

@@ -14,6 +14,7 @@ import type { Candidate, Credit } from "../core/select.ts";
 import {
   backendOf,
   type Backend,
+  type Health,
   type Model,
   type Snapshot,
   type Target,
@@ -27,10 +28,28 @@ interface Live {
   connection: Connection;
   engine: Engine;
   scheduler: SchedulerState;
-  unhealthy: boolean;
+  health: Health;
   failedAt: number | null;
   lastChunkAt: number;
   timer: ReturnType<typeof setTimeout> | undefined;
+}
+
+const TIERS: readonly Health[] = ["healthy", "degraded", "unknown"];
+
+/**
+ * Would a request that waits at `live` start at once at `other`, and would selection send it there?
+ * Never to a worse tier of health: it would come straight back.
+ */
+function isBetter(other: Live, live: Live, ticket: Ticket): boolean {
+  const tier = TIERS.indexOf(other.health);
+  const own = TIERS.indexOf(live.health);
+  return (
+    other !== live &&
+    tier !== -1 &&
+    (own === -1 || tier <= own) &&
+    !ticket.barred.has(other.connection.id) &&
+    hasRoom(other.scheduler, ticket.model)
+  );
 }
 
 /** The right to one slot, to be given back once. */
@@ -108,10 +127,11 @@ export class Fleet {
     for (const backend of snapshot.backends) {
       const live = this.#liveOf(backend);
       present.add(backend.id);
-      const unhealthy = backend.health === "unhealthy";
-      if (unhealthy) live.failedAt = this.#options.now();
-      if (unhealthy && !live.unhealthy) turned.push(live);
-      live.unhealthy = unhealthy;
+      if (backend.health === "unhealthy" && live.health !== "unhealthy") {
+        live.failedAt = this.#options.now();
+        turned.push(live);
+      }
+      live.health = backend.health;
       const lanes = snapshot.models.flatMap((model) => {
         const target = model.targets.find((each) => each.backend === backend.id);
         if (target === undefined) return [];
@@ -169,20 +189,26 @@ export class Fleet {
       return { position: () => -1, leave: () => {} };
     }
     let permit: Permit | null = null;
-    this.#asking.set(ticket, {
+    const asking: Asking = {
       target,
       live,
       decide: (admission) => {
         if (admission.type === "granted") permit = admission.permit;
         decide(admission);
       },
-    });
+    };
+    this.#asking.set(ticket, asking);
     this.#run(live, { type: "arrive", ticket });
+    // Whoever was sent elsewhere has taken the room by now: is there room for the next?
+    this.#offer();
     return {
       position: () => positionOf(live.scheduler, ticket),
       leave: () => {
         permit?.release("ignore");
-        if (this.#asking.delete(ticket)) this.#run(live, { type: "cancel", ticket });
+        // The ticket may ask somewhere else by now: that is another place.
+        if (this.#asking.get(ticket) !== asking) return;
+        this.#asking.delete(ticket);
+        this.#run(live, { type: "cancel", ticket });
       },
     };
   }
@@ -236,7 +262,7 @@ export class Fleet {
       connection: { id, url, apiKey: this.#options.apiKeys.get(id) ?? null },
       engine: engineOf(kind as Kind),
       scheduler: createScheduler(),
-      unhealthy: false,
+      health: "unknown",
       failedAt: null,
       lastChunkAt: -Infinity,
       timer: undefined,
@@ -318,14 +344,10 @@ export class Fleet {
     }
     for (const live of lives) {
       for (const [model, lane] of live.scheduler.lanes) {
-        if (lane.queue.length === 0) continue;
-        const elsewhere = lives.some(
-          (other) => other !== live && !other.unhealthy && hasRoom(other.scheduler, model),
-        );
-        if (elsewhere) {
-          this.#run(live, { type: "elsewhere", model });
-          return;
-        }
+        const [head] = lane.queue;
+        if (head === undefined || !lives.some((other) => isBetter(other, live, head))) continue;
+        // One at a time: it asks there, which comes back here for the next.
+        return this.#run(live, { type: "elsewhere", model });
       }
     }
   }

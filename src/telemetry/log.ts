@@ -1,3 +1,4 @@
+import { printable } from "../errors.ts";
 import type { RequestRecord } from "./record.ts";
 
 export type Level = "debug" | "info" | "warn" | "error";
@@ -61,7 +62,7 @@ export class Log {
     const time = new Date().toISOString().slice(11, 23);
     const codes: Record<Level, string> = { debug: "2", info: "36", warn: "33", error: "31" };
     const name = this.#options.colour ? `\u001B[${codes[level]}m${level}\u001B[0m` : level;
-    this.#options.write(`${time} ${name} ${text}\n`);
+    this.#options.write(`${time} ${name} ${printable(text)}\n`);
   }
 }
 

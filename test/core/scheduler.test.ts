@@ -19,7 +19,7 @@ let tickets = 0;
 
 function ticket(model = "m", arrivedAt = 0, deadlineAt = 1000): Ticket {
   tickets++;
-  return { id: `t${tickets}`, model, arrivedAt, deadlineAt };
+  return { id: `t${tickets}`, model, arrivedAt, deadlineAt, barred: new Set() };
 }
 
 interface Limits {

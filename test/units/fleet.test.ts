@@ -81,7 +81,13 @@ class World {
     this.#tickets++;
     const arrivedAt = this.now;
     const deadlineAt = this.now + patience;
-    const asking = new Asking(this, { id: `t${this.#tickets}`, model, arrivedAt, deadlineAt });
+    const asking = new Asking(this, {
+      id: `t${this.#tickets}`,
+      model,
+      arrivedAt,
+      deadlineAt,
+      barred: new Set(),
+    });
     asking.enqueue(backend);
     return asking;
   }
