@@ -138,6 +138,7 @@ export class Relay {
     this.#lastChunkAt = now;
     this.#attempt?.permit.flowed(now);
     if (this.#tap === null) return this.#write(chunk, now);
+    if (this.#heldBytes === 0 && !this.#blind && isOneEvent(chunk)) return this.#event(chunk, now);
     const ends = this.#cutter.cut(chunk);
     if (ends.length === 0) return this.#hold(chunk);
     // Offsets move by what was held back from earlier chunks.
@@ -159,15 +160,27 @@ export class Relay {
         from = end;
       }
       start = end;
-      if (this.#attempt !== null && this.#attempt.facts.error !== null) {
-        // Whatever an engine sends after its own error is no part of an answer.
-        this.#write(bytes.subarray(from, end), now);
-        return this.#engineError(this.#attempt.facts.error);
-      }
+      // Whatever an engine sends after its own error is no part of an answer.
+      if (this.#attempt?.facts.error != null) break;
     }
     if (from < start) this.#write(bytes.subarray(from, start), now);
-    if (this.#attempt?.facts.ended === true) this.#exchange.after(END_GRACE_MS, () => this.#end());
+    this.#afterEvents();
+    if (this.#exchange.ended) return;
     if (start < bytes.length) this.#hold(bytes.subarray(start));
+  }
+
+  /** Most chunks are one whole event: nothing to cut, nothing to put together. */
+  #event(chunk: Uint8Array, now: number) {
+    if (this.#tap?.frame(chunk) !== "hide") this.#write(chunk, now);
+    this.#afterEvents();
+  }
+
+  /** What the events that have just gone out mean for the stream as a whole. */
+  #afterEvents() {
+    const facts = this.#attempt?.facts;
+    if (facts === undefined) return;
+    if (facts.error !== null) return this.#engineError(facts.error);
+    if (facts.ended) this.#exchange.after(END_GRACE_MS, () => this.#end());
   }
 
   /** Keeps back what is not a whole event yet; what is too long to wait for goes on as it comes. */
@@ -289,6 +302,12 @@ export class Relay {
     if (!mayBeat) next = Math.min(next, heartbeatMs || 1000, clientMs || 1000, 1000);
     if (next < Infinity) this.#exchange.after(next, () => this.#watch());
   }
+}
+
+/** Ends at its only blank line, with LF line ends. */
+function isOneEvent(chunk: Uint8Array): boolean {
+  const last = chunk.length - 1;
+  return chunk[last] === LF && chunk.indexOf(LF) === last - 1;
 }
 
 const WORDS = {
