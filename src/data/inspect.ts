@@ -95,6 +95,22 @@ function incomplete(backend: string, detail: string): AttemptFailed {
   return new AttemptFailed("incomplete", error);
 }
 
+/** The next bytes of the answer; null at its end. */
+async function next(
+  exchange: Exchange,
+  attempt: UpstreamAttempt,
+  plane: Plane,
+): Promise<Uint8Array | null> {
+  const result = await attempt.reader?.read().catch((error: unknown) => {
+    exchange.check();
+    throw incomplete(attempt.permit.target.backend, String(error));
+  });
+  exchange.check();
+  if (result === undefined || result.done) return null;
+  attempt.permit.flowed(plane.now());
+  return result.value;
+}
+
 /** Reads a stream up to its first event, which may still be an error that another backend can mend. */
 export async function peek(
   exchange: Exchange,
@@ -107,21 +123,15 @@ export async function peek(
   if (!/^text\/event-stream\b/i.test(contentType) || response.body === null) {
     throw await notAStream(exchange, attempt, response, contentType);
   }
-  const reader = response.body.getReader();
-  attempt.reader = reader;
+  attempt.reader = response.body.getReader();
   const decoder = new TextDecoder();
   const parts: Uint8Array[] = [];
   const events: string[] = [];
   let length = 0;
   const parser = createParser({ onEvent: ({ data }) => void events.push(data) });
   while (events.length === 0 && length < FRAME_BYTES) {
-    const { value, done } = await reader.read().catch((error: unknown) => {
-      exchange.check();
-      throw incomplete(backend, String(error));
-    });
-    exchange.check();
-    if (done) throw incomplete(backend, "no event at all");
-    attempt.permit.flowed(plane.now());
+    const value = await next(exchange, attempt, plane);
+    if (value === null) throw incomplete(backend, "no event at all");
     parts.push(value);
     length += value.length;
     parser.feed(decoder.decode(value, { stream: true }));
@@ -166,22 +176,15 @@ export async function readWhole(
   response: Response,
   plane: Plane,
 ): Promise<Reply> {
-  const { backend } = attempt.permit.target;
   const contentType = response.headers.get("content-type") ?? "application/json";
   const cacheControl = response.headers.get("cache-control");
   const headersAt = plane.now();
-  const reader = response.body?.getReader() ?? null;
-  attempt.reader = reader;
+  attempt.reader = response.body?.getReader() ?? null;
   const parts: Uint8Array[] = [];
   let length = 0;
-  while (reader !== null) {
-    const { value, done } = await reader.read().catch((error: unknown) => {
-      exchange.check();
-      throw incomplete(backend, String(error));
-    });
-    exchange.check();
-    if (done) break;
-    attempt.permit.flowed(plane.now());
+  for (;;) {
+    const value = await next(exchange, attempt, plane);
+    if (value === null) break;
     parts.push(value);
     length += value.length;
     if (length > plane.config.limits.bufferBytes) {
@@ -201,9 +204,10 @@ function judgeWhole(exchange: Exchange, attempt: UpstreamAttempt, bytes: Uint8Ar
   let parsed: unknown;
   try {
     parsed = JSON.parse(text);
-  } catch (error) {
+  } catch {
     // What begins like an answer and has no end has been cut.
-    if (/^\s*\{/.test(text) && !/\}\s*$/.test(text)) throw incomplete(backend, String(error));
+    const cut = /^\s*\{/.test(text) && !/\}\s*$/.test(text);
+    if (cut) throw incomplete(backend, `${text.length} characters`);
     throw invalid(backend, "something that is not JSON", text);
   }
   if (isRecord(parsed) && exchange.endpoint.readWhole(parsed, attempt.facts)) return;

@@ -218,7 +218,12 @@ describe("truncated streams", () => {
       for (const by of ["eof", "fin"] as const) {
         const fault: Fault = { kind: "cut", afterBytes: 150_000, by };
         fleet.engines.a.behave({ tokens: ["a", "x".repeat(300_000)], fault });
-        const { text } = await ask("/v1/chat/completions");
+        const { status, text } = await ask("/v1/chat/completions");
+        // A runtime may report the break before it hands out what came: then nothing was out yet.
+        if (status !== 200) {
+          assert.equal(status, 502, text);
+          continue;
+        }
         const { events, rest } = parseSse(text);
         assert.equal(rest, "");
         const { error } = JSON.parse(events.at(-1)?.data ?? "null") as { error: unknown };
