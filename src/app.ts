@@ -2,8 +2,9 @@ import { zValidator } from "@hono/zod-validator";
 import { Hono, type Context } from "hono";
 import { cors } from "hono/cors";
 import { z } from "zod";
-import { resolve, type Model } from "./core/snapshot.ts";
+import type { Model } from "./core/snapshot.ts";
 import { suggest } from "./core/suggest.ts";
+import { findModel } from "./data/admit.ts";
 import { checkOrigin, identify } from "./data/identify.ts";
 import { serve } from "./data/pipeline.ts";
 import type { Plane } from "./data/plane.ts";
@@ -102,17 +103,8 @@ export function createApp(plane: Plane, { version, readiness }: AppOptions): Hon
     return context.json(anthropicPage(models, context.req.valid("query")));
   });
   app.get("/v1/models/:id{.+}", zValidator("param", modelParam, refuseInvalid), (context) => {
-    const { id } = context.req.valid("param");
-    const found = resolve(plane.snapshot(), id);
-    if (!found.found) {
-      const hint = found.suggestion === null ? "" : `; did you mean ${quote(found.suggestion)}?`;
-      throw new GatewayError("model_not_found", `model ${quote(id)} is not here${hint}`, {
-        param: "model",
-      });
-    }
-    return context.json(
-      isAnthropic(context) ? anthropicModel(found.model) : openaiModel(found.model),
-    );
+    const model = findModel(plane.snapshot(), context.req.valid("param").id);
+    return context.json(isAnthropic(context) ? anthropicModel(model) : openaiModel(model));
   });
   app.get("/health", (context) => {
     const uptime_s = Math.floor((plane.now() - startedAt) / 1000);

@@ -1,4 +1,4 @@
-import { resolve, type Model } from "../core/snapshot.ts";
+import { resolve, type Model, type Snapshot } from "../core/snapshot.ts";
 import type { Ticket } from "../core/scheduler.ts";
 import { select } from "../core/select.ts";
 import { GatewayError, quote } from "../errors.ts";
@@ -21,24 +21,30 @@ export function waitingOf(exchange: Exchange): Waiting | null {
 }
 
 /**
+ * The model of that name in a snapshot.
+ *
+ * @throws GatewayError `model_not_found`
+ */
+export function findModel(snapshot: Snapshot, asked: string): Model {
+  const resolution = resolve(snapshot, asked);
+  if (resolution.found) return resolution.model;
+  const { suggestion } = resolution;
+  const hint = suggestion === null ? "" : `; did you mean ${quote(suggestion)}?`;
+  const count = snapshot.models.length;
+  throw new GatewayError(
+    "model_not_found",
+    `model ${quote(asked)} is not here${hint}; GET /v1/models lists what is (${count})`,
+    { param: "model" },
+  );
+}
+
+/**
  * The model a request means, in the exchange's snapshot.
  *
  * @throws GatewayError `model_not_found`, `unsupported_endpoint`
  */
 export function resolveModel(exchange: Exchange, plane: Plane): Model {
-  const asked = exchange.view?.model ?? "";
-  const resolution = resolve(exchange.snapshot, asked);
-  if (!resolution.found) {
-    const { suggestion } = resolution;
-    const hint = suggestion === null ? "" : `; did you mean ${quote(suggestion)}?`;
-    const count = exchange.snapshot.models.length;
-    throw new GatewayError(
-      "model_not_found",
-      `model ${quote(asked)} is not here${hint}; GET /v1/models lists what is (${count})`,
-      { param: "model" },
-    );
-  }
-  const { model } = resolution;
+  const model = findModel(exchange.snapshot, exchange.view?.model ?? "");
   exchange.record.model = model.name;
   const { path } = exchange.endpoint;
   if (!model.targets.some(({ backend }) => plane.fleet.engineFor(backend)?.speaks(path))) {

@@ -1,5 +1,6 @@
 import type { Endpoint } from "../dialects/dialect.ts";
 import { asGatewayError, GatewayError } from "../errors.ts";
+import type { Permit } from "../fleet/fleet.ts";
 import { accept } from "./accept.ts";
 import { admit, resolveModel } from "./admit.ts";
 import { Exchange } from "./exchange.ts";
@@ -129,11 +130,7 @@ async function attempts(exchange: Exchange, plane: Plane): Promise<Reply> {
   }
 }
 
-function begin(
-  exchange: Exchange,
-  plane: Plane,
-  permit: Awaited<ReturnType<typeof admit>>,
-): UpstreamAttempt {
+function begin(exchange: Exchange, plane: Plane, permit: Permit): UpstreamAttempt {
   const { record, view, endpoint } = exchange;
   record.attempts++;
   const trace = exchange.trace.attempt({

@@ -85,7 +85,6 @@ interface Share {
 
 interface Asking {
   target: Target;
-  live: Live;
   decide: (admission: Admission) => void;
 }
 
@@ -154,6 +153,7 @@ export class Fleet {
 
   #close(live: Live) {
     this.#run(live, { type: "configure", available: false, concurrency: 0, lanes: [] });
+    clearTimeout(live.timer);
   }
 
   /** The targets of a model as selection wants them, in the snapshot's order. */
@@ -191,7 +191,6 @@ export class Fleet {
     let permit: Permit | null = null;
     const asking: Asking = {
       target,
-      live,
       decide: (admission) => {
         if (admission.type === "granted") permit = admission.permit;
         decide(admission);
