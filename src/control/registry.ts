@@ -1,6 +1,6 @@
 import type { BackendConfig, Config, Kind } from "../config.ts";
 import type { Backend, Health, Model, Snapshot, Target } from "../core/snapshot.ts";
-import type { ListedModel } from "../engines/engine.ts";
+import { modelNamed, type ListedModel } from "../engines/engine.ts";
 import { engineOf } from "../engines/kinds.ts";
 
 /** What the probes of one backend have told so far. */
@@ -19,7 +19,7 @@ export function unseen(backend: BackendConfig): Seen {
   return { kind, health: "unknown", reason: "not probed yet", checkedAt: null, models: [] };
 }
 
-type Content = Pick<Snapshot, "backends" | "models">;
+type Content = Omit<Snapshot, "version" | "publishedAt">;
 
 interface Offer {
   name: string;
@@ -33,10 +33,9 @@ function offersOf(wanted: BackendConfig, seen: Seen): Offer[] {
   }
   return wanted.models.map((each) => {
     const { name, upstream } = typeof each === "string" ? { name: each, upstream: each } : each;
-    const unlisted = { digest: null, contextLength: null, capabilities: [], createdAt: null };
     const there = upstream ?? name;
     const listed = seen.models.find((model) => model.name === there);
-    return { name, listed: listed ?? { name: there, ...unlisted } };
+    return { name, listed: listed ?? modelNamed(there, { residency: "cold" }) };
   });
 }
 
@@ -64,6 +63,7 @@ export function assemble(
       const model = models.get(name) ?? {
         name,
         aliases: settings?.aliases ?? [],
+        fallback: [settings?.fallback ?? []].flat(),
         concurrency: settings?.concurrency ?? null,
         contextLength: null,
         capabilities: [],
@@ -76,7 +76,10 @@ export function assemble(
       const target: Target = {
         backend: backend.id,
         model: listed.name,
-        slots: backend.concurrency ?? engineOf(sight.kind).slots,
+        residency: listed.residency,
+        slots: backend.concurrency ?? listed.slots ?? engineOf(sight.kind).slots,
+        sizeBytes: listed.sizeBytes,
+        vramBytes: listed.vramBytes,
         digest: listed.digest,
       };
       if (!model.targets.some((each) => each.backend === backend.id)) model.targets.push(target);
@@ -84,15 +87,17 @@ export function assemble(
     const { kind, health, reason, checkedAt } = sight;
     const concurrency = backend.concurrency ?? null;
     const { id, url = "", weight } = backend;
-    return { id, kind, url, health, reason, checkedAt, drained: false, weight, concurrency };
+    const drained = false;
+    return { id, kind, url, health, reason, checkedAt, drained, weight, concurrency, gpu: null };
   });
   const sorted = [...models.values()].toSorted((a, b) => (a.name < b.name ? -1 : 1));
-  return { backends, models: sorted };
+  return { backends, models: sorted, withheld: [], warnings: [] };
 }
 
 /** Everything but when it was looked at: a probe that saw nothing new publishes nothing. */
-function substance({ backends, models }: Content): string {
-  return JSON.stringify([backends.map((backend) => ({ ...backend, checkedAt: null })), models]);
+function substance({ backends, models, withheld, warnings }: Content): string {
+  const unchecked = backends.map((backend) => ({ ...backend, checkedAt: null }));
+  return JSON.stringify([unchecked, models, withheld, warnings]);
 }
 
 /** The owner of the truth about the fleet: publishes a new snapshot whenever it has changed. */

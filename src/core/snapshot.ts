@@ -3,6 +3,9 @@ import { suggest } from "./suggest.ts";
 /** What the probes say of a backend; `unknown` is never probed, or too long ago. */
 export type Health = "healthy" | "degraded" | "unhealthy" | "unknown";
 
+/** Where a model is: on disk, on its way into memory, or in it. */
+export type Residency = "cold" | "loading" | "loaded";
+
 /** One server at one URL, as the control plane last saw it. */
 export interface Backend {
   id: string;
@@ -17,20 +20,28 @@ export interface Backend {
   weight: number;
   /** Requests at once in this backend, all models together; null when the configuration sets none. */
   concurrency: number | null;
+  /** Backends with the same name share one GPU; null where nothing is said. */
+  gpu: string | null;
 }
 
 /** One backend that can serve a model, and the name the model has there. */
 export interface Target {
   backend: string;
   model: string;
+  residency: Residency;
   /** Requests of this model at once in this backend. */
   slots: number;
+  /** In all, and of that on the GPU; null where the engine does not tell. */
+  sizeBytes: number | null;
+  vramBytes: number | null;
   digest: string | null;
 }
 
 export interface Model {
   name: string;
   aliases: string[];
+  /** Smaller models that may answer instead, in this order. */
+  fallback: string[];
   /** Cap over all backends, null for none. */
   concurrency: number | null;
   contextLength: number | null;
@@ -50,6 +61,10 @@ export interface Snapshot {
   publishedAt: number;
   backends: Backend[];
   models: Model[];
+  /** Names a backend has and does not serve, since their answers are made elsewhere. */
+  withheld: string[];
+  /** What a person should know about how the backends fit together. */
+  warnings: string[];
 }
 
 interface Index {

@@ -1,5 +1,5 @@
 import { isRecord, numberOf } from "../dialects/dialect.ts";
-import { openai, type Engine, type EngineRequest } from "./engine.ts";
+import { modelNamed, openai, type Engine, type EngineRequest } from "./engine.ts";
 
 /** Human reading pace. */
 const TOKEN_MS = 35;
@@ -159,10 +159,7 @@ export const demo: Engine = {
       : await generate(request, fields);
   },
   look() {
-    const model = { name: "demo", digest: null, contextLength: null, createdAt: null };
-    return Promise.resolve({
-      loading: false,
-      models: [{ ...model, capabilities: ["completion"] }],
-    });
+    const model = modelNamed("demo", { capabilities: ["completion"] });
+    return Promise.resolve({ loading: false, models: [model] });
   },
 };

@@ -1,5 +1,6 @@
 import type { Kind } from "../config.ts";
 import type { Fault } from "../core/outcome.ts";
+import type { Residency } from "../core/snapshot.ts";
 import type { Keys } from "../core/splice.ts";
 import { errorWords, isRecord, numberOf, textOf, type Endpoint } from "../dialects/dialect.ts";
 import { GatewayError, printable, quote } from "../errors.ts";
@@ -30,6 +31,31 @@ export interface ListedModel {
   capabilities: string[];
   /** Unix seconds, null where the engine does not tell. */
   createdAt: number | null;
+  residency: Residency;
+  /** Requests at once, null where the engine does not tell. */
+  slots: number | null;
+  /** In all, and of that on the GPU. */
+  sizeBytes: number | null;
+  vramBytes: number | null;
+  /** Answered by machines elsewhere, through this engine. */
+  remote: boolean;
+}
+
+/** A model of which nothing is known but what is given. */
+export function modelNamed(name: string, known: Partial<ListedModel> = {}): ListedModel {
+  return {
+    name,
+    digest: null,
+    contextLength: null,
+    capabilities: [],
+    createdAt: null,
+    residency: "loaded",
+    slots: null,
+    sizeBytes: null,
+    vramBytes: null,
+    remote: false,
+    ...known,
+  };
 }
 
 /** What a probe saw. `loading`: the engine is up and not ready yet, which is not a failure. */
@@ -129,9 +155,7 @@ function listed(item: Record<string, unknown>): ListedModel[] {
   if (name === null || name === "") return [];
   const meta = isRecord(item["meta"]) ? item["meta"] : {};
   const contextLength = numberOf(item["max_model_len"]) ?? numberOf(meta["n_ctx"]);
-  return [
-    { name, digest: null, contextLength, capabilities: [], createdAt: numberOf(item["created"]) },
-  ];
+  return [modelNamed(name, { contextLength, createdAt: numberOf(item["created"]) })];
 }
 
 /** `GET /v1/models`, read leniently: `data` may be null, fields may be missing. */

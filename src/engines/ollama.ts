@@ -1,5 +1,5 @@
 import { isRecord, numberOf, textOf } from "../dialects/dialect.ts";
-import { ask, openai, type Engine, type ListedModel } from "./engine.ts";
+import { ask, modelNamed, openai, type Engine, type ListedModel } from "./engine.ts";
 
 const PATHS = new Set([
   "/v1/chat/completions",
@@ -17,13 +17,12 @@ function listed(item: unknown): ListedModel[] {
   const capabilities = Array.isArray(item["capabilities"]) ? item["capabilities"].map(String) : [];
   const modified = Date.parse(textOf(item["modified_at"]) ?? "");
   return [
-    {
-      name,
+    modelNamed(name, {
       digest: textOf(item["digest"]),
       contextLength: numberOf(details["context_length"]),
       capabilities,
       createdAt: Number.isNaN(modified) ? null : Math.floor(modified / 1000),
-    },
+    }),
   ];
 }
 

@@ -4,10 +4,11 @@ import { describe, it } from "node:test";
 import fc from "fast-check";
 import { select, type Candidate, type Credit } from "../../src/core/select.ts";
 import type { Health } from "../../src/core/snapshot.ts";
+import { aTarget } from "../support/snapshot.ts";
 
 function candidate(backend: string, more: Partial<Omit<Candidate, "target">> = {}): Candidate {
   return {
-    target: { backend, model: "m", slots: 4, digest: null },
+    target: aTarget(backend, "m", { slots: 4 }),
     health: "healthy",
     free: true,
     load: 0,

@@ -3,32 +3,14 @@ import assert from "node:assert/strict";
 import { describe, it } from "node:test";
 import fc from "fast-check";
 import { backendOf, resolve, type Model, type Snapshot } from "../../src/core/snapshot.ts";
+import { aBackend, aModel, aSnapshot, aTarget } from "../support/snapshot.ts";
 
 function model(name: string, aliases: string[] = []): Model {
-  return {
-    name,
-    aliases,
-    concurrency: null,
-    contextLength: null,
-    capabilities: [],
-    createdAt: 0,
-    targets: [{ backend: "b", model: name, slots: 1, digest: null }],
-  };
+  return aModel(name, [aTarget("b", name)], { aliases });
 }
 
 function snapshot(...models: Model[]): Snapshot {
-  const backend = {
-    id: "b",
-    kind: "ollama",
-    url: "http://127.0.0.1:1",
-    health: "healthy" as const,
-    reason: "",
-    checkedAt: 0,
-    drained: false,
-    weight: 1,
-    concurrency: null,
-  };
-  return { version: 1, publishedAt: 0, backends: [backend], models };
+  return aSnapshot([aBackend("b")], models);
 }
 
 /** The name that was found, or what was suggested instead. */

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { afterEach, beforeEach, describe, it, mock } from "node:test";
 import { schema } from "../../src/config.ts";
-import type { Backend, Model, Snapshot } from "../../src/core/snapshot.ts";
+import type { Backend, Snapshot } from "../../src/core/snapshot.ts";
 import { admit, waitingOf, type AdmitOptions } from "../../src/data/admit.ts";
 import { Exchange } from "../../src/data/exchange.ts";
 import { prepareAccess } from "../../src/data/identify.ts";
@@ -13,38 +13,19 @@ import { GatewayError } from "../../src/errors.ts";
 import { Fleet } from "../../src/fleet/fleet.ts";
 import { Log } from "../../src/telemetry/log.ts";
 import { untraced } from "../../src/telemetry/tracing.ts";
+import { aBackend, aModel, aSnapshot, aTarget } from "../support/snapshot.ts";
 
 function snapshotOf(models: Record<string, string[]>, more: Partial<Backend> = {}): Snapshot {
   const ids = [...new Set(Object.values(models).flat())].toSorted((a, b) => (a < b ? -1 : 1));
-  return {
-    version: 1,
-    publishedAt: 0,
-    backends: ids.map((id): Backend => {
-      return {
-        id,
-        kind: "ollama",
-        url: `http://${id}`,
-        health: "healthy",
-        reason: "",
-        checkedAt: null,
-        drained: false,
-        weight: 1,
-        concurrency: null,
-        ...more,
-      };
-    }),
-    models: Object.entries(models).map(([name, backends]): Model => {
-      return {
+  return aSnapshot(
+    ids.map((id) => aBackend(id, { kind: "ollama", ...more })),
+    Object.entries(models).map(([name, backends]) =>
+      aModel(
         name,
-        aliases: [],
-        concurrency: null,
-        contextLength: null,
-        capabilities: [],
-        createdAt: 0,
-        targets: backends.map((backend) => ({ backend, model: name, slots: 1, digest: null })),
-      };
-    }),
-  };
+        backends.map((backend) => aTarget(backend, name)),
+      ),
+    ),
+  );
 }
 
 /** Everything around a request but the request: one slot per model and backend, a clock of its own. */

@@ -4,8 +4,9 @@ import { afterEach, beforeEach, describe, it, mock } from "node:test";
 import fc from "fast-check";
 import type { Kind } from "../../src/config.ts";
 import type { Ticket } from "../../src/core/scheduler.ts";
-import type { Backend, Health, Model, Snapshot } from "../../src/core/snapshot.ts";
+import type { Backend, Health, Snapshot } from "../../src/core/snapshot.ts";
 import { Fleet, type Admission, type Permit, type Place } from "../../src/fleet/fleet.ts";
+import { aBackend, aModel, aSnapshot, aTarget } from "../support/snapshot.ts";
 
 type BackendPlan = Partial<Omit<Backend, "id" | "kind">> & { kind?: Kind };
 /** Backends by id, and per model its slots by backend. */
@@ -16,37 +17,15 @@ interface Plan {
 }
 
 function snapshotOf({ backends, models, caps = {} }: Plan): Snapshot {
-  return {
-    version: 1,
-    publishedAt: 0,
-    backends: Object.entries(backends).map(([id, more]): Backend => {
-      return {
-        id,
-        kind: "openai",
-        url: `http://${id}`,
-        health: "healthy",
-        reason: "",
-        checkedAt: null,
-        drained: false,
-        weight: 1,
-        concurrency: null,
-        ...more,
-      };
+  return aSnapshot(
+    Object.entries(backends).map(([id, more]) => aBackend(id, more)),
+    Object.entries(models).map(([name, slots]) => {
+      const targets = Object.entries(slots).map(([backend, each]) =>
+        aTarget(backend, `${name}@${backend}`, { slots: each }),
+      );
+      return aModel(name, targets, { concurrency: caps[name] ?? null });
     }),
-    models: Object.entries(models).map(([name, slots]): Model => {
-      return {
-        name,
-        aliases: [],
-        concurrency: caps[name] ?? null,
-        contextLength: null,
-        capabilities: [],
-        createdAt: 0,
-        targets: Object.entries(slots).map(([backend, each]) => {
-          return { backend, model: `${name}@${backend}`, slots: each, digest: null };
-        }),
-      };
-    }),
-  };
+  );
 }
 
 /** A fleet under a clock of its own, and what it decided. */
@@ -123,7 +102,7 @@ class Asking {
     const { snapshot, fleet } = this.world;
     const model = snapshot.models.find(({ name }) => name === this.ticket.model);
     const target = model?.targets.find((each) => each.backend === backend);
-    const other = { backend, model: "gone", slots: 1, digest: null };
+    const other = aTarget(backend, "gone");
     const decide = (admission: Admission) => void this.decisions.push(admission);
     this.places.push(fleet.enqueue(this.ticket, target ?? other, decide));
   }

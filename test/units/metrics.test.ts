@@ -5,23 +5,14 @@ import type { MetricLabel } from "../../src/config.ts";
 import type { Health, Snapshot } from "../../src/core/snapshot.ts";
 import { Metrics, type Extras, type Gauges } from "../../src/telemetry/metrics.ts";
 import { newRecord, type RequestRecord } from "../../src/telemetry/record.ts";
+import { aBackend, aSnapshot } from "../support/snapshot.ts";
 
 const LABELS: MetricLabel[] = ["model", "backend_id", "cache_hit", "status"];
 const BUCKETS = "0.005 0.01 0.025 0.05 0.1 0.25 0.5 1 2.5 5 10 30 60 120 300 600 +Inf".split(" ");
 
 function snapshot(...healths: Health[]): Snapshot {
-  const backends = healths.map((health, at) => ({
-    id: `b${at}`,
-    kind: "vllm",
-    url: "http://127.0.0.1:1",
-    health,
-    reason: "",
-    checkedAt: null,
-    drained: false,
-    weight: 1,
-    concurrency: null,
-  }));
-  return { version: 1, publishedAt: 0, backends, models: [] };
+  const backends = healths.map((health, at) => aBackend(`b${at}`, { health }));
+  return aSnapshot(backends, []);
 }
 
 function metrics(gauges: Partial<Gauges> = {}, labels: readonly MetricLabel[] = LABELS): Metrics {

@@ -4,7 +4,7 @@ import { describe, it } from "node:test";
 import { schema, type BackendConfig, type Config, type ConfigInput } from "../../src/config.ts";
 import { assemble, Registry, unseen, type Seen } from "../../src/control/registry.ts";
 import type { Model, Snapshot } from "../../src/core/snapshot.ts";
-import type { ListedModel } from "../../src/engines/engine.ts";
+import { modelNamed, type ListedModel } from "../../src/engines/engine.ts";
 
 const STARTED = 1_700_000_000;
 
@@ -13,7 +13,7 @@ function configured(input: ConfigInput): Config {
 }
 
 function listed(name: string, more: Partial<ListedModel> = {}): ListedModel {
-  return { name, digest: null, contextLength: null, capabilities: [], createdAt: null, ...more };
+  return modelNamed(name, more);
 }
 
 function sight(models: ListedModel[], more: Partial<Seen> = {}): Seen {
