@@ -1,3 +1,5 @@
+import { adminApi, operatorsOnly, type Peer } from "./admin/api.ts";
+import type { Operations } from "./admin/operations.ts";
 import { zValidator } from "@hono/zod-validator";
 import { Hono, type Context } from "hono";
 import { cors } from "hono/cors";
@@ -9,7 +11,7 @@ import { checkOrigin, identify } from "./data/identify.ts";
 import { serve } from "./data/pipeline.ts";
 import type { Plane } from "./data/plane.ts";
 import { anthropic, countTokens, messages } from "./dialects/anthropic.ts";
-import { invalidParameter, type Dialect, type Endpoint } from "./dialects/dialect.ts";
+import { refuseInvalid, type Dialect, type Endpoint } from "./dialects/dialect.ts";
 import {
   chatCompletions,
   completions,
@@ -53,16 +55,6 @@ const modelQuery = z.object({
   before_id: z.string().optional(),
 });
 
-interface Invalid {
-  success: boolean;
-  error?: z.core.$ZodError;
-}
-
-/** The validator's own answer is not our error: every use of it gets this hook. */
-function refuseInvalid(result: Invalid): void {
-  if (!result.success && result.error !== undefined) throw invalidParameter(result.error);
-}
-
 export interface Readiness {
   ready: boolean;
   reason: string;
@@ -70,14 +62,19 @@ export interface Readiness {
 
 export interface AppOptions {
   version: string;
+  /** On the clock of the plane. */
+  startedAt: number;
   readiness: () => Readiness;
+  operations: Operations;
 }
 
 /** The route table: every path the gateway answers. */
-export function createApp(plane: Plane, { version, readiness }: AppOptions): Hono {
-  const app = new Hono();
-  const startedAt = plane.now();
+export function createApp(plane: Plane, options: AppOptions): Hono<{ Bindings: Peer }> {
+  const { version, startedAt, readiness, operations } = options;
+  const app = new Hono<{ Bindings: Peer }>();
 
+  // First of all: what the operator may do is nobody else's business, allowed origins included.
+  app.use("/admin/*", operatorsOnly(operations));
   app.use(corsForAllowed(plane));
   for (const endpoint of ENDPOINTS) {
     app.post(endpoint.path, (context) => serve(context.req.raw, endpoint, plane));
@@ -131,6 +128,7 @@ export function createApp(plane: Plane, { version, readiness }: AppOptions): Hon
       context.text(await metrics.text(), 200, { "content-type": metrics.contentType }),
     );
   }
+  app.route("/admin/api", adminApi(operations));
   refuseOtherMethods(app);
   app.notFound((context) => answerError(context, unknownUrl(context.req.path)));
   app.onError((error, context) => {
@@ -157,7 +155,7 @@ function corsForAllowed(plane: Plane) {
 }
 
 /** A path that exists, asked with another method. */
-function refuseOtherMethods(app: Hono) {
+function refuseOtherMethods(app: Hono<{ Bindings: Peer }>) {
   const methods = new Map<string, Set<string>>();
   for (const { path, method } of app.routes) {
     if (method === "ALL") continue;

@@ -1,4 +1,4 @@
-import type { Discovery } from "./control/probe.ts";
+import type { Place } from "./control/search.ts";
 import type { Snapshot } from "./core/snapshot.ts";
 
 export interface BannerFacts {
@@ -7,7 +7,7 @@ export interface BannerFacts {
   url: string;
   source: string;
   startedInMs: number;
-  discovered: readonly Discovery[];
+  places: readonly Place[];
   snapshot: Snapshot;
   metricsPath: string | null;
   tracesTo: string | null;
@@ -56,14 +56,14 @@ function backendLines(facts: BannerFacts, paint: Paint): string[] {
     const where = kind === "demo" ? "built in" : url;
     return `${health === "healthy" ? ok : bad} ${id.padEnd(12)} ${where.padEnd(26)} ${what}`;
   });
-  const missing = facts.discovered
+  const missing = facts.places
     .filter(({ reason }) => reason !== "")
     .map(({ name, url, reason }) => `${bad} ${name.padEnd(12)} ${url.padEnd(26)} ${reason}`);
   const all = [...served, ...missing];
   const lines = all.map((line, at) => `  ${at === 0 ? "Backends" : "        "}  ${line}`);
-  if (facts.discovered.length > 0 && facts.snapshot.backends.every(({ kind }) => kind === "demo")) {
+  if (facts.places.length > 0 && facts.snapshot.backends.every(({ kind }) => kind === "demo")) {
     const words = "No inference engine answered: the built-in demo engine does, as model demo.";
-    lines.push(`  ${paint("33", "!")} ${words} Start an engine and then the gateway again.`);
+    lines.push(`  ${paint("33", "!")} ${words} Start an engine and it is served within seconds.`);
   }
   return lines;
 }

@@ -5,6 +5,7 @@ const TABLE = {
   duplicate_parameter: [400, "invalid_request_error"],
   unsupported_parameter: [400, "invalid_request_error"],
   context_length_exceeded: [400, "invalid_request_error"],
+  invalid_config: [400, "invalid_request_error"],
   invalid_api_key: [401, "invalid_request_error"],
   permission_denied: [403, "permission_error"],
   origin_not_allowed: [403, "permission_error"],
@@ -36,6 +37,8 @@ interface ErrorDetails {
   param?: string | undefined;
   /** When to try again; whoever may, gets the header. */
   retryAfterMs?: number | undefined;
+  /** Every mistake of an `invalid_config`. */
+  mistakes?: readonly object[] | undefined;
   /** Methods for a 405. */
   allow?: string | undefined;
   /** What the engine said, word for word: for the log, never for the client. */
@@ -53,6 +56,7 @@ export class GatewayError extends Error {
   readonly param: string | null;
   readonly retryAfterMs: number | null;
   readonly allow: string | null;
+  readonly mistakes: readonly object[] | null;
   readonly detail: string | null;
   /** For record and metrics: one of few words, never an engine's own. */
   override readonly cause: string;
@@ -66,6 +70,7 @@ export class GatewayError extends Error {
     this.param = details.param ?? null;
     this.retryAfterMs = details.retryAfterMs ?? null;
     this.allow = details.allow ?? null;
+    this.mistakes = details.mistakes ?? null;
     this.detail = details.detail ?? null;
     this.cause = details.passed === undefined ? code : "invalid_request_error";
   }

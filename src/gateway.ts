@@ -1,17 +1,21 @@
+import type { Peer } from "./admin/api.ts";
+import { Operations } from "./admin/operations.ts";
 import { createApp } from "./app.ts";
-import type { BackendConfig } from "./config.ts";
+import type { Config } from "./config.ts";
+import { Control } from "./control/control.ts";
+import type { Address } from "./control/names.ts";
+import { Reloader } from "./control/reload.ts";
+import type { Place } from "./control/search.ts";
 import type { Snapshot } from "./core/snapshot.ts";
-import { discover, Prober, type Discovery } from "./control/probe.ts";
-import { Registry } from "./control/registry.ts";
 import type { Exchange } from "./data/exchange.ts";
 import { prepareAccess } from "./data/identify.ts";
 import { shuttingDown } from "./data/pipeline.ts";
 import type { Plane } from "./data/plane.ts";
 import { Fleet } from "./fleet/fleet.ts";
-import type { Settings } from "./load.ts";
+import type { Settings, Sources } from "./load.ts";
 import type { Log } from "./telemetry/log.ts";
 import { Metrics } from "./telemetry/metrics.ts";
-import { startTracing, tracingWanted, untraced } from "./telemetry/tracing.ts";
+import { startTracing, tracingWanted, untraced, type Tracing } from "./telemetry/tracing.ts";
 
 /** What only the process knows. */
 export interface Host {
@@ -24,15 +28,23 @@ export interface Host {
   /** Requests to engines at once; Infinity where the runtime sets no limit. */
   upstreamLimit: number;
   process: { memoryUsage: { rss(): number }; cpuUsage(): { user: number; system: number } };
+  /** The A records of a host. */
+  resolve: (host: string) => Promise<Address[]>;
 }
 
 export interface Gateway {
-  fetch(request: Request): Response | Promise<Response>;
+  fetch(request: Request, peer?: Peer): Response | Promise<Response>;
+  /** The configuration in effect. */
+  config(): Config;
   /** The places that were looked at because the configuration names no backends. */
-  discovered: Discovery[];
+  places(): readonly Place[];
   snapshot(): Snapshot;
   /** Loads the exporter where there is one to export to. To be called once the server listens. */
   startTracing(): Promise<void>;
+  /** Reloads whenever the file changes. */
+  watch(): void;
+  /** Reads the configuration again; its mistakes go to the log. Never rejects. */
+  reload(trigger: string): Promise<void>;
   /** Not ready from now on, but still admitting. */
   startDraining(): void;
   /**
@@ -44,87 +56,140 @@ export interface Gateway {
   close(): Promise<void>;
 }
 
-/** How long the first answers may have to wait for slow first probes. */
-const FIRST_ROUND_MS = 1000;
+/** How often it is looked whether requests have ended. */
+const POLL_MS = 20;
 
 /** Puts everything together and looks at every backend once. */
-export async function startGateway(settings: Settings, host: Host): Promise<Gateway> {
-  const { config } = settings;
-  const discovered = config.backends.length > 0 ? [] : await discover(config.server.port);
-  const backends = config.backends.length > 0 ? config.backends : backendsFrom(discovered);
+export async function startGateway(
+  settings: Settings,
+  sources: Sources,
+  host: Host,
+): Promise<Gateway> {
+  const { log } = host;
   const now = () => performance.now();
+  const startedAt = now();
   const fleet = new Fleet({
     now,
-    maxLength: config.queue.maxLength,
     upstreamLimit: host.upstreamLimit,
-    apiKeys: new Map(
-      backends.flatMap(({ id, apiKey }) => (apiKey === undefined ? [] : [[id, apiKey] as const])),
-    ),
+    maxLength: settings.config.queue.maxLength,
+    apiKeyOf: (id) => control.apiKeyOf(id),
   });
-  const registry = new Registry(config, backends, (snapshot) => fleet.apply(snapshot));
-  const prober = new Prober(backends, {
-    report(id, seen) {
-      const before = registry.seen(id)?.health ?? "unknown";
-      registry.report(id, seen);
-      if (before === seen.health) return;
-      const level = seen.health === "healthy" ? "info" : "warn";
-      host.log[level]("backend health", {
-        backend_id: id,
-        from: before,
-        to: seen.health,
-        reason: seen.reason,
-      });
-    },
-    seen: (id) => registry.seen(id),
+  const control: Control = new Control({
+    log,
+    now,
+    random: Math.random,
+    resolve: host.resolve,
+    publish: (snapshot) => fleet.apply(snapshot),
     flowing: (id, withinMs) => now() - fleet.lastChunkAt(id) < withinMs,
   });
   const exchanges = new Set<Exchange>();
   const plane: Plane = {
-    config,
-    access: prepareAccess(config, settings.environmentKeys),
+    config: settings.config,
+    access: prepareAccess(settings.config, settings.environmentKeys),
     fleet,
-    log: host.log,
-    metrics: config.metrics.enabled ? new Metrics(config.metrics.labels, gauges(), host) : null,
+    log,
+    metrics: null,
     tracing: untraced,
     exchanges,
     heldBytes: 0,
     admitting: true,
     now,
-    snapshot: () => registry.snapshot,
-    probe: (id) => prober.check(id),
+    snapshot: () => control.snapshot,
+    probe: (id) => control.check(id),
   };
-
-  function gauges() {
-    return {
-      snapshot: () => registry.snapshot,
-      usage: () => fleet.usage(),
-      running: () => [...exchanges].map((exchange) => exchange.record),
-      heldBytes: () => plane.heldBytes,
-    };
-  }
+  const reloader = new Reloader(settings, {
+    sources,
+    log,
+    async swap(next) {
+      const { backends } = await control.configure(next.config, () => take(next));
+      return backends;
+    },
+    done: (ok) => plane.metrics?.reload(ok),
+  });
+  const operations = new Operations(control, fleet, reloader);
+  const gauges = {
+    snapshot: () => control.snapshot,
+    usage: () => fleet.usage(),
+    running: () => [...exchanges].map((exchange) => exchange.record),
+    heldBytes: () => plane.heldBytes,
+    reloaded: () => reloader.last?.ok ?? true,
+  };
 
   let firstRound = false;
   let draining = false;
-  const round = prober.start().then(() => {
+  measure();
+  let app = createApp(plane, appOptions());
+  const { probed } = await control.configure(settings.config, () => {});
+  void probed.then(() => {
     firstRound = true;
   });
-  await Promise.race([round, new Promise((resolve) => setTimeout(resolve, FIRST_ROUND_MS))]);
-  const app = createApp(plane, {
-    version: host.version,
-    readiness() {
-      if (draining) return { ready: false, reason: "draining" };
-      if (!firstRound) return { ready: false, reason: "the first probe round is not done" };
-      return { ready: true, reason: "ok" };
-    },
-  });
+
+  function appOptions() {
+    return {
+      version: host.version,
+      startedAt,
+      operations,
+      readiness() {
+        if (draining) return { ready: false, reason: "draining" };
+        if (!firstRound) return { ready: false, reason: "the first probe round is not done" };
+        return { ready: true, reason: "ok" };
+      },
+    };
+  }
+
+  function measure() {
+    const { enabled, labels } = plane.config.metrics;
+    if (!enabled) {
+      plane.metrics?.close();
+      plane.metrics = null;
+    } else if (plane.metrics === null) {
+      plane.metrics = new Metrics(labels, gauges, host);
+    } else {
+      plane.metrics.relabel(labels);
+    }
+  }
+
+  /** Another configuration is in effect from here on, for whoever asks next. */
+  function take({ config, environmentKeys }: Settings) {
+    const before = plane.config;
+    plane.config = config;
+    plane.access = prepareAccess(config, environmentKeys);
+    fleet.maxLength = config.queue.maxLength;
+    log.level = config.server.logLevel;
+    measure();
+    app = createApp(plane, appOptions());
+    if (JSON.stringify(before.telemetry) !== JSON.stringify(config.telemetry)) {
+      trace().catch((error: unknown) =>
+        log.error("tracing not started", { detail: String(error) }),
+      );
+    }
+  }
+
+  /** Exports as the configuration says from now on. */
+  async function trace() {
+    const { telemetry } = plane.config;
+    const before = plane.tracing;
+    const running = [...exchanges];
+    const wanted = tracingWanted(telemetry, host.environment);
+    plane.tracing = wanted ? await startTracing(telemetry, host.environment) : untraced;
+    void retire(before, running);
+  }
+
+  /** Spans of running requests still go the old way. */
+  async function retire(tracing: Tracing, running: readonly Exchange[]) {
+    while (running.some((exchange) => !exchange.ended)) await pause(POLL_MS);
+    await tracing.stop();
+  }
 
   return {
-    fetch: (request) => app.fetch(request),
-    discovered,
-    snapshot: () => registry.snapshot,
-    async startTracing() {
-      if (!tracingWanted(config.telemetry, host.environment)) return;
-      plane.tracing = await startTracing(config.telemetry, host.environment);
+    fetch: (request, peer = {}) => app.fetch(request, peer),
+    config: () => plane.config,
+    places: () => control.places,
+    snapshot: () => control.snapshot,
+    startTracing: trace,
+    watch: () => reloader.watch(),
+    async reload(trigger) {
+      await reloader.reload(trigger).catch(() => {});
     },
     startDraining() {
       draining = true;
@@ -133,30 +198,21 @@ export async function startGateway(settings: Settings, host: Host): Promise<Gate
       draining = true;
       plane.admitting = false;
       const deadline = now() + graceMs;
-      while (exchanges.size > 0 && now() < deadline) {
-        await new Promise((resolve) => setTimeout(resolve, 20));
-      }
+      while (exchanges.size > 0 && now() < deadline) await pause(POLL_MS);
       const clean = exchanges.size === 0;
       for (const exchange of exchanges) exchange.fail(shuttingDown());
       return clean;
     },
     async close() {
-      prober.stop();
+      reloader.stop();
+      control.stop();
       fleet.close();
+      plane.metrics?.close();
       await plane.tracing.stop();
     },
   };
 }
 
-/** What answered becomes a backend each; nothing did: the demo engine. */
-function backendsFrom(discovered: readonly Discovery[]): BackendConfig[] {
-  const defaults = { weight: 1, healthInterval: 5000, timeout: 3000 };
-  const counts = new Map<string, number>();
-  const found = discovered.flatMap(({ kind, url }): BackendConfig[] => {
-    if (kind === null) return [];
-    const count = (counts.get(kind) ?? 0) + 1;
-    counts.set(kind, count);
-    return [{ ...defaults, id: count === 1 ? kind : `${kind}-${count}`, kind, url }];
-  });
-  return found.length > 0 ? found : [{ ...defaults, id: "demo", kind: "demo" }];
+function pause(ms: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, ms));
 }

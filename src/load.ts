@@ -1,9 +1,21 @@
 import { existsSync } from "node:fs";
-import { readFile } from "node:fs/promises";
 import { resolve } from "node:path";
 import type { Config } from "./config.ts";
+import {
+  interpolate,
+  keysFrom,
+  strangers,
+  treeFrom,
+  variableFor,
+  withoutEmpty,
+  type Environment,
+  type EnvironmentKey,
+  type Tree,
+} from "./environment.ts";
 import { check, describe, type Mistake } from "./mistakes.ts";
-import { suggest } from "./core/suggest.ts";
+import { readConfigFile } from "./read-file.ts";
+import { pathText } from "./shape.ts";
+import { valuesOf, type Value } from "./values.ts";
 
 /** What stands on the command line, as far as it sets configuration. */
 export interface Flags {
@@ -13,12 +25,12 @@ export interface Flags {
   logLevel?: string | undefined;
 }
 
-export type Environment = Readonly<Record<string, string | undefined>>;
-
-/** A key of a client, from `TIDEGATE_API_KEYS`. */
-export interface EnvironmentKey {
-  key: string;
-  tenant: string;
+/** Where a configuration is put together from. The same at start and at every reload. */
+export interface Sources {
+  flags: Flags;
+  environment: Environment;
+  /** Where a file is looked for that nobody named. */
+  directory: string;
 }
 
 export interface Settings {
@@ -27,6 +39,8 @@ export interface Settings {
   environmentKeys: EnvironmentKey[];
   /** Where the configuration came from, for the banner. */
   source: string;
+  /** Every value, and where it came from. */
+  values: Value[];
   /** Lines a person should read at start. */
   notes: string[];
 }
@@ -44,124 +58,100 @@ export class ConfigError extends Error {
   }
 }
 
-const FILES = ["gateway.config.ts", "gateway.config.json"];
-const VARIABLES = ["TIDEGATE_CONFIG", "TIDEGATE_API_KEYS"];
+const FILES = ["gateway.config.ts", "gateway.config.json", "gateway.config.yaml"];
+
+function namedFile({ flags, environment }: Sources): string | undefined {
+  return flags.config ?? withoutEmpty(environment)["TIDEGATE_CONFIG"];
+}
+
+/** The files whose change means another configuration: the one named, else those looked for. */
+export function watchedFiles(sources: Sources): string[] {
+  const named = namedFile(sources);
+  return (named === undefined ? FILES : [named]).map((file) => resolve(sources.directory, file));
+}
 
 /**
  * Reads the configuration: flag over environment over file over default.
  *
  * @throws ConfigError when anything in it is wrong, or the file named does not exist or cannot be read.
  */
-export async function loadSettings(
-  flags: Flags,
-  variables: Environment,
-  directory: string,
-): Promise<Settings> {
-  // An empty variable is an unset one, as the OpenTelemetry specification has it.
-  const environment: Environment = Object.fromEntries(
-    Object.entries(variables).filter(([, value]) => value !== ""),
+export async function loadSettings(sources: Sources): Promise<Settings> {
+  const { directory } = sources;
+  const found = namedFile(sources) ?? FILES.find((file) => existsSync(resolve(directory, file)));
+  if (found === undefined) return settle({}, "defaults", sources);
+  const path = resolve(directory, found);
+  const file = await readConfigFile(path).catch((error: Error) => {
+    const expected = `a readable file at ${path}: ${error.message}`;
+    throw new ConfigError(found, [{ path: "", value: undefined, expected, suggestion: null }]);
+  });
+  return settle(file, found, sources);
+}
+
+/**
+ * Puts what the file says together with environment and flags, and checks the whole.
+ *
+ * @throws ConfigError
+ */
+export function settle(
+  file: unknown,
+  source: string,
+  { flags, environment: all }: Sources,
+): Settings {
+  const environment = withoutEmpty(all);
+  const mistakes: Mistake[] = [];
+  const fileTree = withoutSchema(
+    interpolate(file, environment, [], (path, mistake) => {
+      mistakes.push({ ...mistake, path: pathText(path) });
+    }),
   );
-  const named = flags.config ?? environment["TIDEGATE_CONFIG"];
-  const found = named ?? FILES.find((file) => existsSync(resolve(directory, file)));
-  const source = found ?? "defaults";
-  const file = found === undefined ? {} : await readConfigFile(resolve(directory, found), found);
-  const missing: Mistake[] = [];
-  const raw = overlay(interpolate(file, environment, "", missing), flags, environment);
+  const variables = treeFrom(environment);
+  const { host, port, logLevel } = flags;
+  const raw = merge(merge(fileTree, variables), { server: { host, port, logLevel } });
   const checked = check(raw);
-  const mistakes = [...missing, ...("mistakes" in checked ? checked.mistakes : [])];
-  const environmentKeys = keysOf(environment["TIDEGATE_API_KEYS"] ?? "");
+  if ("mistakes" in checked) {
+    mistakes.push(...checked.mistakes.map((mistake) => fromVariable(mistake, environment)));
+  }
+  const environmentKeys = keysFrom(environment);
   mistakes.push(...bindMistakes(checked, raw, environmentKeys));
   if (mistakes.length > 0 || !("config" in checked)) throw new ConfigError(source, mistakes);
+  const values = valuesOf(checked.config, [
+    ["flag", { server: { host, port, logLevel } }],
+    ["environment", variables],
+    ["file", fileTree],
+  ]);
   const notes = [...strangers(environment), ...notYet(checked.config)];
-  return { config: checked.config, environmentKeys, source, notes };
+  return { config: checked.config, environmentKeys, source, values, notes };
 }
 
-async function readConfigFile(path: string, shown: string): Promise<unknown> {
-  const unreadable = (reason: string) =>
-    new ConfigError(shown, [
-      {
-        path: "",
-        value: undefined,
-        expected: `a readable file at ${path}: ${reason}`,
-        suggestion: null,
-      },
-    ]);
-  if (!/\.(ts|json)$/.test(path)) throw unreadable("its name has to end in .ts or .json");
-  if (!existsSync(path)) throw unreadable("there is none");
-  try {
-    if (path.endsWith(".json")) return JSON.parse(await readFile(path, "utf8"));
-    const module: unknown = await import(path);
-    const exported = (module as { default?: unknown }).default;
-    if (exported === undefined) throw new Error("it has no export default");
-    return exported;
-  } catch (error) {
-    throw unreadable(error instanceof Error ? error.message : String(error));
+/** Editors find the schema by this key in a JSON file. */
+function withoutSchema(file: unknown): unknown {
+  if (!isTree(file) || !("$schema" in file)) return file;
+  const { $schema: _, ...rest } = file;
+  return rest;
+}
+
+function isTree(value: unknown): value is Tree {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+/** What is set in `over` wins; lists are replaced whole. What is no tree is left for the check to name. */
+function merge(base: unknown, over: Tree): unknown {
+  if (!isTree(base)) return base;
+  const merged: Tree = { ...base };
+  for (const [key, value] of Object.entries(over)) {
+    if (value === undefined) continue;
+    if (!isTree(value)) merged[key] = value;
+    else if (Object.values(value).some((each) => each !== undefined)) {
+      merged[key] = merge(merged[key] ?? {}, value);
+    }
   }
+  return merged;
 }
 
-/** Replaces `${VAR}` and `${VAR:-default}` in every string of the file. */
-function interpolate(
-  value: unknown,
-  environment: Environment,
-  path: string,
-  missing: Mistake[],
-): unknown {
-  if (typeof value === "string") {
-    return value.replaceAll(/\$\{(\w+)(?::-([^}]*))?\}/g, (whole, name: string, otherwise) => {
-      const found = environment[name] ?? (otherwise as string | undefined);
-      if (found !== undefined) return found;
-      const expected = `environment variable ${name} to be set, or a default as in \${${name}:-…}`;
-      missing.push({ path, value: whole, expected, suggestion: null });
-      return whole;
-    });
-  }
-  if (Array.isArray(value)) {
-    return value.map((each, at) => interpolate(each, environment, `${path}[${at}]`, missing));
-  }
-  if (typeof value !== "object" || value === null) return value;
-  const entries = Object.entries(value).map(([key, each]) => {
-    const name = /^[\w-]+$/.test(key) ? key : JSON.stringify(key);
-    const below = path === "" ? name : `${path}.${name}`;
-    return [key, interpolate(each, environment, below, missing)] as const;
-  });
-  return Object.fromEntries(entries);
-}
-
-function overlay(file: unknown, flags: Flags, environment: Environment): unknown {
-  if (typeof file !== "object" || file === null || Array.isArray(file)) return file;
-  const raw = { ...file } as Record<string, Record<string, unknown> | undefined>;
-  const set = (section: string, key: string, value: unknown) => {
-    // A section that is no section is left for the check to name.
-    const given: unknown = raw[section] ?? {};
-    if (value === undefined || typeof given !== "object") return;
-    raw[section] = { ...raw[section], [key]: value };
-  };
-  const port = environment["PORT"];
-  // A port that is no number is left as it stands: the check names it.
-  set(
-    "server",
-    "port",
-    flags.port ?? (port !== undefined && /^\d+$/.test(port) ? Number(port) : port),
-  );
-  set("server", "host", flags.host);
-  set("server", "logLevel", flags.logLevel);
-  set("telemetry", "otlpEndpoint", environment["OTEL_EXPORTER_OTLP_ENDPOINT"]);
-  set("telemetry", "serviceName", environment["OTEL_SERVICE_NAME"]);
-  return raw;
-}
-
-/** `key,tenant=key`; a key may end in `=` itself, as base64 does. */
-function keysOf(list: string): EnvironmentKey[] {
-  return list
-    .split(",")
-    .map((each) => each.trim())
-    .filter((each) => each !== "")
-    .map((each) => {
-      const [, tenant, key] = /^([\w.-]+)=(.*[^=].*)$/.exec(each) ?? [];
-      return tenant !== undefined && key !== undefined
-        ? { tenant, key }
-        : { tenant: "default", key: each };
-    });
+function fromVariable(mistake: Mistake, environment: Environment): Mistake {
+  const variable = variableFor(mistake.path, environment);
+  if (variable === null) return mistake;
+  return { ...mistake, expected: `${mistake.expected} (it comes from ${variable})` };
 }
 
 /** Loopback by name or number: 127.0.0.0/8, `::1`, `localhost`. */
@@ -186,15 +176,6 @@ function bindMistakes(
     "who may call, since others can reach this address: set auth.keys (or TIDEGATE_API_KEYS), " +
     'or host: "127.0.0.1", or server.insecure: true to let everyone in';
   return [{ path: "server.host", value: host, expected, suggestion: null }];
-}
-
-function strangers(environment: Environment): string[] {
-  return Object.keys(environment)
-    .filter((name) => name.startsWith("TIDEGATE_") && !VARIABLES.includes(name))
-    .map((name) => {
-      const meant = suggest(name, VARIABLES);
-      return `${name}: unknown variable, ignored${meant === null ? "" : ` (did you mean ${meant}?)`}`;
-    });
 }
 
 /** Sections that must be accepted before they are in effect: said at every start. */

@@ -1,6 +1,7 @@
-import { z } from "zod";
-import { suggest } from "./core/suggest.ts";
+import type { z } from "zod";
 import { schema, type Config } from "./config.ts";
+import { suggest } from "./core/suggest.ts";
+import { knownKeys, pathText, type Path } from "./shape.ts";
 
 /** One thing that is wrong in a configuration, with what is needed to put it right. */
 export interface Mistake {
@@ -12,32 +13,23 @@ export interface Mistake {
 }
 
 /** Keys of the contract that this version does not have yet: said so instead of guessed at. */
-const LATER = new Set(
-  `include exclude allowCloud staleAfterMs discover gpu warm turnMs loadMs jwt tenants redis slowMs
-  admin tenant`.split(/\s+/),
-);
+const LATER = new Set(`gpu warm turnMs loadMs jwt tenants redis slowMs tenant`.split(/\s+/));
 
 const SECRET = /key|hash|auth|secret|password|redis|admin/i;
 
-/** A value as it may be printed: nothing below a name that could hold a secret, no password in a URL. */
-function shown(path: Path, value: unknown): unknown {
+/**
+ * A value as it may be printed: nothing below a key that could hold a secret, no password in a URL.
+ *
+ * @param path of the value; names of models in it are nobody's secret.
+ */
+export function shown(path: Path, value: unknown): unknown {
   if (typeof value !== "string" && (typeof value !== "object" || value === null)) return value;
-  if (path.some((part) => SECRET.test(String(part)))) return "***";
+  const keys = path[0] === "models" ? path.toSpliced(1, 1) : path;
+  if (keys.some((part) => SECRET.test(String(part)))) return "***";
   if (typeof value === "string") return value.replaceAll(/\/\/[^@/]*@/g, "//***@");
   if (Array.isArray(value)) return value.map((each, at) => shown([...path, at], each));
   const entries = Object.entries(value).map(([key, each]) => [key, shown([...path, key], each)]);
   return Object.fromEntries(entries);
-}
-
-type Path = readonly PropertyKey[];
-
-function pathText(path: Path): string {
-  return path.reduce<string>((text, part) => {
-    if (typeof part === "number") return `${text}[${part}]`;
-    const name = String(part);
-    const plain = /^[\w-]+$/.test(name) ? name : JSON.stringify(name);
-    return text === "" ? plain : `${text}.${plain}`;
-  }, "");
 }
 
 function valueAt(raw: unknown, path: Path): unknown {
@@ -45,33 +37,6 @@ function valueAt(raw: unknown, path: Path): unknown {
     (value, part) => (value as Record<PropertyKey, unknown> | null | undefined)?.[part],
     raw,
   );
-}
-
-interface Shape {
-  properties?: Record<string, Shape>;
-  additionalProperties?: Shape | boolean;
-  items?: Shape;
-  anyOf?: Shape[];
-}
-
-const shape = z.toJSONSchema(schema, { io: "input" }) as Shape;
-
-/** The keys that may stand in the object at this path. */
-function knownKeys(path: Path): string[] {
-  let shapes: Shape[] = [shape];
-  for (const part of path) {
-    shapes = shapes
-      .flatMap((each) => [each, ...(each.anyOf ?? [])])
-      .map((each) => {
-        if (typeof part === "number") return each.items;
-        const other = each.additionalProperties;
-        return each.properties?.[String(part)] ?? (typeof other === "object" ? other : undefined);
-      })
-      .filter((each) => each !== undefined);
-  }
-  return shapes
-    .flatMap((each) => [each, ...(each.anyOf ?? [])])
-    .flatMap((each) => Object.keys(each.properties ?? {}));
 }
 
 function mistakesOf(issue: z.core.$ZodIssue, raw: unknown, base: Path = []): Mistake[] {
@@ -124,6 +89,27 @@ function recordOf(value: unknown): Record<string, unknown> {
   return typeof value === "object" && value !== null ? (value as Record<string, unknown>) : {};
 }
 
+/** Keys that could have no effect beside the others of the same backend. */
+function uselessKeys(backend: Record<string, unknown>, at: number): Mistake[] {
+  const mistakes: Mistake[] = [];
+  const useless = (key: string, expected: string) => {
+    const path = `backends[${at}].${key}`;
+    mistakes.push({ path, value: shown([key], backend[key]), expected, suggestion: null });
+  };
+  for (const key of ["include", "exclude"]) {
+    if (backend[key] === undefined || backend["models"] === undefined) continue;
+    useless(key, "no such key beside models, which already says what is served");
+  }
+  if (backend["discover"] === undefined) return mistakes;
+  const url = URL.parse(String(backend["url"]));
+  if (url?.protocol === "https:") {
+    useless("discover", "an http URL: a certificate is not for the addresses behind a name");
+  } else if (url !== null && /^[\d.]+$|^\[/.test(url.hostname)) {
+    useless("discover", "a host name in url, whose A records are looked up; this is an address");
+  }
+  return mistakes;
+}
+
 /** What no single key can know. Reads the raw value, so that it is reported beside all the rest. */
 function crossCheck(raw: unknown): Mistake[] {
   const mistakes: Mistake[] = [];
@@ -144,6 +130,7 @@ function crossCheck(raw: unknown): Mistake[] {
       const expected = "a URL (only kind demo needs none)";
       mistakes.push({ path: `backends[${at}].url`, value: undefined, expected, suggestion: null });
     }
+    mistakes.push(...uselessKeys(backend, at));
   }
   const named = backends.map((backend) =>
     listOf(backend["models"]).map((each) =>

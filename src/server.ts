@@ -4,8 +4,9 @@ import { serve as serveNode } from "@hono/node-server";
 import manifest from "../package.json" with { type: "json" };
 import { banner } from "./banner.ts";
 import { suggest } from "./core/suggest.ts";
+import { resolveA } from "./control/names.ts";
 import { startGateway, type Gateway } from "./gateway.ts";
-import { ConfigError, isLoopback, loadSettings, type Flags, type Settings } from "./load.ts";
+import { ConfigError, isLoopback, loadSettings, type Settings, type Sources } from "./load.ts";
 import { runtimeProblem } from "./runtime.ts";
 import { Log, type Level } from "./telemetry/log.ts";
 import { tracingWanted } from "./telemetry/tracing.ts";
@@ -14,17 +15,21 @@ const HELP = `tidegate ${manifest.version}: one endpoint in front of the languag
 
 Usage: bun start [options]     or: deno task start [options]
 
-  --config PATH     configuration file, .ts or .json (default: gateway.config.ts, then .json)
+  --config PATH     configuration file, .ts, .json or .yaml (default: gateway.config.ts, .json, .yaml)
   --port N          port to listen on (default 4000; 0: any free one)
   --host ADDR       address to bind (default 127.0.0.1)
   --log-level L     debug, info, warn or error (default info)
   --check           check the configuration and do not listen
+  --print           with --check: every value and where it comes from, secrets as ***
   --json            with --check: the result as JSON
   --help            this text
   --version         the version
 
-Environment: TIDEGATE_CONFIG, TIDEGATE_API_KEYS="key,tenant=key", PORT, NO_COLOR, FORCE_COLOR,
+Environment: TIDEGATE_CONFIG, TIDEGATE_API_KEYS="key,tenant=key", TIDEGATE_BACKENDS="kind=url,kind=url",
+one TIDEGATE_* per single value (docs/configuration.md), PORT, NO_COLOR, FORCE_COLOR,
 OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME and the other OTEL_* of the OpenTelemetry SDK.
+
+Signals: SIGHUP reloads the configuration; SIGTERM and SIGINT end the process once answers are done.
 `;
 
 const RUNTIME = typeof Bun === "undefined" ? `deno ${Deno.version.deno}` : `bun ${Bun.version}`;
@@ -43,6 +48,7 @@ const OPTIONS = {
   host: { type: "string" },
   "log-level": { type: "string" },
   check: { type: "boolean", default: false },
+  print: { type: "boolean", default: false },
   json: { type: "boolean", default: false },
   help: { type: "boolean", default: false },
   version: { type: "boolean", default: false },
@@ -54,7 +60,9 @@ function readFlags() {
     if (values.port !== undefined && !/^\d+$/.test(values.port)) {
       usageError(`--port needs a number, not "${values.port}"`);
     }
-    if (values.json && !values.check) usageError("--json goes with --check");
+    for (const flag of ["json", "print"] as const) {
+      if (values[flag] && !values.check) usageError(`--${flag} goes with --check`);
+    }
     return values;
   } catch (error) {
     const message = error instanceof Error ? error.message : String(error);
@@ -64,16 +72,23 @@ function readFlags() {
   }
 }
 
-async function load(flags: ReturnType<typeof readFlags>): Promise<Settings> {
+function sourcesFrom(flags: ReturnType<typeof readFlags>): Sources {
   const { config, host, port } = flags;
-  const wanted: Flags = {
-    config,
-    host,
-    logLevel: flags["log-level"],
-    port: port === undefined ? undefined : Number(port),
+  return {
+    flags: {
+      config,
+      host,
+      logLevel: flags["log-level"],
+      port: port === undefined ? undefined : Number(port),
+    },
+    environment: process.env,
+    directory: process.cwd(),
   };
+}
+
+async function load(flags: ReturnType<typeof readFlags>, sources: Sources): Promise<Settings> {
   try {
-    return await loadSettings(wanted, process.env, process.cwd());
+    return await loadSettings(sources);
   } catch (error) {
     if (!(error instanceof ConfigError)) throw error;
     if (flags.json)
@@ -81,6 +96,22 @@ async function load(flags: ReturnType<typeof readFlags>): Promise<Settings> {
     else process.stderr.write(`${error.message}\n`);
     process.exit(1);
   }
+}
+
+/** What `--check` prints of a configuration that is valid. */
+function checked({ source, notes, values }: Settings, flags: ReturnType<typeof readFlags>): string {
+  if (flags.json) {
+    return JSON.stringify({ ok: true, source, notes, ...(flags.print ? { values } : {}) });
+  }
+  const printed = flags.print ? values : [];
+  const width = Math.max(0, ...printed.map(({ path }) => path.length));
+  return [
+    `${source}: valid`,
+    ...printed.map(
+      ({ path, value, origin }) => `  ${path.padEnd(width)}  ${JSON.stringify(value)}  (${origin})`,
+    ),
+    ...notes.map((note) => `  ! ${note}`),
+  ].join("\n");
 }
 
 interface Listening {
@@ -101,14 +132,21 @@ async function listen(gateway: Gateway, hostname: string, port: number): Promise
       idleTimeout: 0,
       // Ours answers with an explanation.
       maxRequestBodySize: Number.MAX_SAFE_INTEGER,
-      fetch: (request) => gateway.fetch(request),
+      fetch: (request, self) =>
+        gateway.fetch(request, { peer: () => self.requestIP(request)?.address ?? null }),
     });
     return { port: server.port ?? port, stop: () => server.stop() };
   }
   // Deno.serve does not report a client that leaves before the response begins.
   const { promise, resolve, reject } = Promise.withResolvers<number>();
-  const server = serveNode({ fetch: (request) => gateway.fetch(request), hostname, port }, (info) =>
-    resolve(info.port),
+  const server = serveNode(
+    {
+      fetch: (request, { incoming }) =>
+        gateway.fetch(request, { peer: () => incoming.socket.remoteAddress ?? null }),
+      hostname,
+      port,
+    },
+    (info) => resolve(info.port),
   );
   server.on("error", reject);
   const closed = () => new Promise<void>((done) => server.close(() => done()));
@@ -139,16 +177,11 @@ async function main(): Promise<void> {
     process.stderr.write(`tidegate: ${problem}\n`);
     process.exit(1);
   }
-  const settings = await load(flags);
+  const sources = sourcesFrom(flags);
+  const settings = await load(flags, sources);
   const { config, source } = settings;
   const { host, port } = config.server;
-  if (flags.check) {
-    const result = flags.json
-      ? JSON.stringify({ ok: true, source, notes: settings.notes })
-      : [`${source}: valid`, ...settings.notes.map((note) => `  ! ${note}`)].join("\n");
-    process.stdout.write(`${result}\n`);
-    return;
-  }
+  if (flags.check) return void process.stdout.write(`${checked(settings, flags)}\n`);
   const colours = process.env["NO_COLOR"] === undefined || process.env["NO_COLOR"] === "";
   const forced = process.env["FORCE_COLOR"] !== undefined && process.env["FORCE_COLOR"] !== "0";
   const log = new Log({
@@ -171,13 +204,14 @@ async function main(): Promise<void> {
     );
   }
   const stopping = signalled();
-  const gateway = await startGateway(settings, {
+  const gateway = await startGateway(settings, sources, {
     version: manifest.version,
     runtime: RUNTIME,
     log,
     environment: process.env,
     upstreamLimit: raised ? Infinity : UNRAISED_LIMIT,
     process: process,
+    resolve: (name) => resolveA(name),
   });
   const server = await listen(gateway, host, port).catch((error: unknown) => {
     const code = (error as { code?: string }).code;
@@ -197,7 +231,7 @@ async function main(): Promise<void> {
       source:
         config.backends.length > 0 ? source : `${source} (names no backends: looked for them)`,
       startedInMs: performance.now() - began,
-      discovered: gateway.discovered,
+      places: gateway.places(),
       snapshot: gateway.snapshot(),
       metricsPath: config.metrics.enabled ? config.metrics.endpoint : null,
       tracesTo: tracingWanted(config.telemetry, process.env)
@@ -208,18 +242,17 @@ async function main(): Promise<void> {
       colour: forced || (colours && process.stderr.isTTY === true),
     }),
   );
+  gateway.watch();
+  process.on("SIGHUP", () => void gateway.reload("SIGHUP"));
   await gateway.startTracing();
 
   const signal = await stopping;
-  log.info("shutting down", {
-    signal,
-    delay_ms: config.drain.delayMs,
-    grace_ms: config.drain.graceMs,
-  });
+  const { delayMs, graceMs } = gateway.config().drain;
+  log.info("shutting down", { signal, delay_ms: delayMs, grace_ms: graceMs });
   gateway.startDraining();
-  await new Promise((resolve) => setTimeout(resolve, config.drain.delayMs));
+  await new Promise((resolve) => setTimeout(resolve, delayMs));
   const stopped = server.stop();
-  const clean = await gateway.drain(config.drain.graceMs);
+  const clean = await gateway.drain(graceMs);
   const flushed = new Promise((resolve) => setTimeout(resolve, FLUSH_MS));
   await Promise.all([Promise.race([stopped, flushed]), gateway.close()]);
   process.exit(clean ? 0 : 1);

@@ -1,16 +1,22 @@
 import type { BackendConfig, Kind } from "../config.ts";
 import { isRecord, textOf } from "../dialects/dialect.ts";
-import { ask, type Connection, type Sighting } from "../engines/engine.ts";
+import { ask, type Connection } from "../engines/engine.ts";
 import { engineOf } from "../engines/kinds.ts";
-import { unseen, type Seen } from "./registry.ts";
+import { isSamePlace, unseen, type Seen, type Wanted } from "./registry.ts";
 
 /** Two failed probes in a row, and a backend counts as unhealthy. */
 const FAILURES_TO_UNHEALTHY = 2;
 
+/** A longer timer would fire at once. */
+const LONGEST_MS = 2 ** 31 - 1;
+
 /** Runs `work` with a signal that is aborted after `ms`; rejects in words for people. */
-async function within<T>(ms: number, work: (signal: AbortSignal) => Promise<T>): Promise<T> {
+export async function within<T>(ms: number, work: (signal: AbortSignal) => Promise<T>): Promise<T> {
   const controller = new AbortController();
-  const timer = setTimeout(() => controller.abort(new Error(`no answer within ${ms} ms`)), ms);
+  const timer = setTimeout(
+    () => controller.abort(new Error(`no answer within ${ms} ms`)),
+    Math.min(ms, LONGEST_MS),
+  );
   try {
     return await work(controller.signal);
   } catch (error) {
@@ -67,13 +73,23 @@ export async function fingerprint(
   return models?.status === 200 && list !== undefined ? "openai" : null;
 }
 
-async function lookAt(
-  backend: BackendConfig,
-  connection: Connection,
-  signal: AbortSignal,
-): Promise<{ kind: Kind; sighting: Sighting }> {
-  const kind = backend.kind ?? (await fingerprint(connection, signal)) ?? "openai";
-  return { kind, sighting: await engineOf(kind).look(connection, signal) };
+/**
+ * Looks at a backend once.
+ *
+ * @param known its kind as already found out; null to ask the engine.
+ * @throws Error with the reason in words, within the backend's time-out
+ */
+export async function lookAt(backend: BackendConfig, known: Kind | null): Promise<Seen> {
+  const { id, url = "", kind, timeout } = backend;
+  const connection = { id, url, apiKey: backend.apiKey ?? null };
+  return await within(timeout, async (signal) => {
+    const found = kind ?? known ?? (await fingerprint(connection, signal)) ?? "openai";
+    const { loading, models } = await engineOf(found).look(connection, signal);
+    const seen = { kind: found, checkedAt: Date.now(), models };
+    return loading
+      ? { ...seen, health: "degraded", reason: "the engine is loading its model" }
+      : { ...seen, health: "healthy", reason: "" };
+  });
 }
 
 export interface ProberOptions {
@@ -81,126 +97,149 @@ export interface ProberOptions {
   seen: (id: string) => Seen | undefined;
   /** Tokens flowed from this backend within the last so many milliseconds. */
   flowing: (id: string, withinMs: number) => boolean;
+  /** From 0 up to 1, for jitter. */
+  random: () => number;
+}
+
+/** Probes come up to a tenth of the interval early, so that many gateways do not strike at once. */
+const JITTER = 0.1;
+
+/** One backend under watch. */
+interface Watch {
+  backend: Wanted;
+  /** Failed probes in a row. */
+  failures: number;
+  running: Promise<boolean> | null;
+  next: ReturnType<typeof setTimeout> | undefined;
+  stale: ReturnType<typeof setTimeout> | undefined;
+  stopped: boolean;
 }
 
 /** Probes every backend on its own interval and says what it saw. */
 export class Prober {
-  readonly #backends: ReadonlyMap<string, BackendConfig>;
   readonly #options: ProberOptions;
-  readonly #running = new Map<string, Promise<boolean>>();
-  readonly #timers = new Map<string, ReturnType<typeof setTimeout>>();
-  readonly #failures = new Map<string, number>();
-  #stopped = false;
+  readonly #watches = new Map<string, Watch>();
 
-  constructor(backends: readonly BackendConfig[], options: ProberOptions) {
-    this.#backends = new Map(backends.map((backend) => [backend.id, backend]));
+  constructor(options: ProberOptions) {
     this.#options = options;
   }
 
-  /** Starts the loops; resolves when every backend has been looked at once. */
-  async start(): Promise<void> {
-    await Promise.all([...this.#backends.keys()].map((id) => this.#round(id)));
+  /**
+   * Watches these backends and no others. Each new or changed one is probed now.
+   *
+   * @param looked those that have just been looked at: they are probed after their interval.
+   * @returns resolves when every new one has been looked at.
+   */
+  async configure(wanted: readonly Wanted[], looked: ReadonlyMap<string, Seen>): Promise<void> {
+    const before = new Map(this.#watches);
+    this.#watches.clear();
+    const rounds: Promise<void>[] = [];
+    for (const backend of wanted) {
+      const known = before.get(backend.id);
+      if (known !== undefined && JSON.stringify(known.backend) === JSON.stringify(backend)) {
+        this.#watches.set(backend.id, known);
+        before.delete(backend.id);
+        continue;
+      }
+      const same = known !== undefined && isSamePlace(known.backend, backend);
+      const watch: Watch = {
+        backend,
+        failures: same ? known.failures : 0,
+        running: null,
+        next: undefined,
+        stale: undefined,
+        stopped: false,
+      };
+      this.#watches.set(backend.id, watch);
+      const seen = looked.get(backend.id);
+      if (seen === undefined) {
+        rounds.push(this.#round(watch));
+      } else {
+        this.#report(watch, seen);
+        this.#arm(watch, 0);
+      }
+    }
+    for (const watch of before.values()) stop(watch);
+    await Promise.all(rounds);
   }
 
   stop(): void {
-    this.#stopped = true;
-    for (const timer of this.#timers.values()) clearTimeout(timer);
+    for (const watch of this.#watches.values()) stop(watch);
   }
 
   /**
    * Probes one backend now, or waits for the probe that is under way: probes of one backend never
    * overlap. Resolves to whether it answered; never rejects.
    */
-  check(id: string): Promise<boolean> {
-    const backend = this.#backends.get(id);
-    if (backend === undefined) return Promise.resolve(false);
-    let running = this.#running.get(id);
-    if (running === undefined) {
-      running = this.#probe(backend).finally(() => this.#running.delete(id));
-      this.#running.set(id, running);
-    }
-    return running;
+  async check(id: string): Promise<boolean> {
+    const watch = this.#watches.get(id);
+    return watch !== undefined && (await this.#check(watch));
   }
 
-  async #round(id: string): Promise<void> {
-    await this.check(id);
-    const backend = this.#backends.get(id);
-    if (this.#stopped || backend === undefined) return;
-    const timer = setTimeout(() => void this.#round(id), backend.healthInterval);
-    this.#timers.set(id, timer);
+  #check(watch: Watch): Promise<boolean> {
+    watch.running ??= this.#probe(watch).finally(() => {
+      watch.running = null;
+    });
+    return watch.running;
   }
 
-  async #probe(backend: BackendConfig): Promise<boolean> {
-    const { id, url = "", apiKey = null, timeout } = backend;
-    const before = this.#options.seen(id) ?? unseen(backend);
-    const checked = () => ({ ...before, checkedAt: Date.now() });
+  async #round(watch: Watch): Promise<void> {
+    const startedAt = performance.now();
+    await this.#check(watch);
+    // From start to start: a probe that took its whole time-out does not put the next one off.
+    if (!watch.stopped) this.#arm(watch, performance.now() - startedAt);
+  }
+
+  #arm(watch: Watch, elapsed: number) {
+    const interval = watch.backend.healthInterval * (1 - JITTER * this.#options.random());
+    const left = Math.max(0, interval - elapsed);
+    watch.next = setTimeout(() => void this.#round(watch), Math.min(left, LONGEST_MS));
+  }
+
+  async #probe(watch: Watch): Promise<boolean> {
+    const { backend, failures } = watch;
+    const before = this.#options.seen(backend.id) ?? unseen(backend);
+    // A kind once found out holds as long as it answers: a busy engine may be too slow to say it again.
+    const known = before.checkedAt !== null && failures === 0 ? before.kind : null;
     try {
-      const { kind, sighting } = await within(timeout, (signal) =>
-        lookAt(backend, { id, url, apiKey }, signal),
-      );
-      this.#failures.set(id, 0);
-      const seen: Seen = sighting.loading
-        ? { ...checked(), kind, health: "degraded", reason: "the engine is loading its model" }
-        : { ...checked(), kind, health: "healthy", reason: "", models: sighting.models };
-      this.#options.report(id, seen);
+      const seen = await lookAt(backend, known);
+      watch.failures = 0;
+      // An engine that is still loading lists nothing yet.
+      this.#report(watch, seen.health === "healthy" ? seen : { ...seen, models: before.models });
       return true;
     } catch (error) {
-      const reason = error instanceof Error ? error.message : String(error);
+      const seen = { ...before, checkedAt: Date.now() };
       // A busy engine may be too slow for its probe and still do its work.
-      if (this.#options.flowing(id, timeout)) return true;
-      const failures = (this.#failures.get(id) ?? 0) + 1;
-      this.#failures.set(id, failures);
-      const health = failures >= FAILURES_TO_UNHEALTHY ? "unhealthy" : "degraded";
-      this.#options.report(id, { ...checked(), health, reason });
+      if (this.#options.flowing(backend.id, backend.timeout)) {
+        this.#report(watch, seen);
+        return true;
+      }
+      watch.failures++;
+      const health = watch.failures >= FAILURES_TO_UNHEALTHY ? "unhealthy" : "degraded";
+      const reason = error instanceof Error ? error.message : String(error);
+      this.#report(watch, { ...seen, health, reason });
       return false;
     }
   }
+
+  #report(watch: Watch, seen: Seen) {
+    if (watch.stopped) return;
+    const { id, healthInterval, timeout, staleAfterMs } = watch.backend;
+    this.#options.report(id, seen);
+    clearTimeout(watch.stale);
+    const lifetime = staleAfterMs ?? 3 * healthInterval + timeout;
+    watch.stale = setTimeout(
+      () => {
+        const reason = `last looked at ${lifetime} ms ago`;
+        this.#options.report(id, { ...seen, health: "unknown", reason });
+      },
+      Math.min(lifetime, LONGEST_MS),
+    );
+  }
 }
 
-/** Where the engines listen unless told otherwise. Several share a port: the fingerprint decides. */
-const USUAL_PORTS: readonly [name: string, port: number][] = [
-  ["ollama", 11_434],
-  ["vllm", 8000],
-  ["llama.cpp", 8080],
-  ["llama.cpp", 9931],
-  ["lmstudio", 1234],
-  ["sglang", 30_000],
-];
-const DISCOVERY_MS = 500;
-
-/** One place that was tried. */
-export interface Discovery {
-  /** The engine usually found there, or the kind that answered. */
-  name: string;
-  url: string;
-  kind: Kind | null;
-  /** Why nothing there is served; empty when it is. */
-  reason: string;
-}
-
-/**
- * Looks for engines on the usual loopback ports, all at once.
- *
- * @param ownPort is left out: the gateway does not serve itself.
- */
-export function discover(ownPort: number): Promise<Discovery[]> {
-  const places = USUAL_PORTS.filter(([, port]) => port !== ownPort);
-  return Promise.all(
-    places.map(async ([name, port]): Promise<Discovery> => {
-      const url = `http://127.0.0.1:${port}`;
-      const connection = { id: name, url, apiKey: null };
-      try {
-        const kind = await within(DISCOVERY_MS, async (signal) => {
-          // A refused connection should say so; the fingerprint alone would only find nothing.
-          await ask(connection, "/v1/models", signal);
-          return await fingerprint(connection, signal);
-        });
-        if (kind === null)
-          return { name, url, kind, reason: "answers, but is no inference engine" };
-        return { name: kind, url, kind, reason: "" };
-      } catch (error) {
-        return { name, url, kind: null, reason: error instanceof Error ? error.message : "" };
-      }
-    }),
-  );
+function stop(watch: Watch) {
+  watch.stopped = true;
+  clearTimeout(watch.next);
+  clearTimeout(watch.stale);
 }

@@ -42,7 +42,7 @@ export async function accept(exchange: Exchange, request: Request, plane: Plane)
 }
 
 async function read(exchange: Exchange, request: Request, plane: Plane): Promise<Body> {
-  const { bodyBytes, heldBytes } = plane.config.limits;
+  const { bodyBytes, heldBytes } = exchange.config.limits;
   const tooLarge = () =>
     new GatewayError(
       "request_too_large",

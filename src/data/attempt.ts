@@ -34,6 +34,7 @@ export class UpstreamAttempt implements Attempt {
   readonly sentAt: number;
   /** When the first token came, on the clock of the plane. */
   firstTokenAt: number | null = null;
+  lastTokenAt: number | null = null;
   /** Held to the end: Deno forgets to abort a fetch whose Response has been collected. */
   response: Response | null = null;
   reader: ReadableStreamDefaultReader<Uint8Array> | null = null;
@@ -82,9 +83,20 @@ export class UpstreamAttempt implements Attempt {
     this.#ended = true;
     if (!this.#drained) this.close(ATTEMPT_ENDED);
     const first = this.firstTokenAt;
-    this.#trace.end(this.facts, first === null ? null : first - this.sentAt, cause);
+    const ttftMs = first === null ? null : first - this.sentAt;
+    this.#trace.end(this.facts, ttftMs, cause);
     this.#plane.metrics?.attempt(this.permit.target.backend, outcome);
-    this.permit.release(outcome);
+    const tokensPerSecond = this.#tokensPerSecond();
+    this.permit.release(outcome, { at: Date.now(), ttftMs, tokensPerSecond, error: cause });
+  }
+
+  #tokensPerSecond(): number | null {
+    const { firstTokenAt, lastTokenAt, facts } = this;
+    const tokens = facts.usage?.output ?? facts.deltas;
+    if (firstTokenAt === null || lastTokenAt === null || tokens < 2) return null;
+    const ms = lastTokenAt - firstTokenAt;
+    // Tokens that came in one piece tell no speed.
+    return ms < 1 ? null : ((tokens - 1) / ms) * 1000;
   }
 }
 

@@ -1,3 +1,4 @@
+import type { Config } from "../config.ts";
 import type { Outcome } from "../core/outcome.ts";
 import type { Snapshot } from "../core/snapshot.ts";
 import { anthropic } from "../dialects/anthropic.ts";
@@ -40,6 +41,8 @@ export class Exchange {
   readonly endpoint: Endpoint;
   /** How this caller's errors are worded: Anthropic's clients say who they are on every path. */
   readonly dialect: Dialect;
+  /** The configuration as this request found it: a reload changes nothing for it. */
+  readonly config: Config;
   /** The client's headers. */
   readonly headers: Headers;
   /** Path and query as they go to the engine. */
@@ -69,6 +72,7 @@ export class Exchange {
   constructor(plane: Plane, endpoint: Endpoint, request: Request) {
     const url = new URL(request.url);
     this.#plane = plane;
+    this.config = plane.config;
     this.endpoint = endpoint;
     this.dialect = request.headers.has("anthropic-version") ? anthropic : endpoint.dialect;
     this.headers = request.headers;

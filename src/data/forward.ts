@@ -20,7 +20,7 @@ export async function forward(
   plane: Plane,
 ): Promise<Reply> {
   const { permit } = attempt;
-  const { timeouts } = plane.config;
+  const { timeouts } = exchange.config;
   const { backend } = permit.target;
   const stream = exchange.view?.stream === true;
   // Whoever ends the attempt from a timer leaves here why, since `fetch` only says "aborted".
@@ -119,7 +119,7 @@ function withUsage(bytes: Uint8Array, keys: Keys): string | Uint8Array {
 }
 
 /** The limit for an answer in one piece: ours, or the client's own; Infinity for none. */
-export function totalMsOf(exchange: Exchange, plane: Plane): number {
-  const { totalMs } = plane.config.timeouts;
+export function totalMsOf(exchange: Exchange): number {
+  const { totalMs } = exchange.config.timeouts;
   return Math.min(totalMs === 0 ? Infinity : totalMs, clientTimeoutMs(exchange) ?? Infinity);
 }

@@ -1,7 +1,8 @@
 import { createHash, timingSafeEqual } from "node:crypto";
 import type { Config } from "../config.ts";
+import type { EnvironmentKey } from "../environment.ts";
 import { GatewayError, quote } from "../errors.ts";
-import { isLoopback, type EnvironmentKey } from "../load.ts";
+import { isLoopback } from "../load.ts";
 
 interface Key {
   digest: Uint8Array;

@@ -43,7 +43,7 @@ export function shuttingDown(): GatewayError {
 /** Until the answer begins its status is open; a long wait opens it with a heartbeat instead. */
 function answerStream(exchange: Exchange, plane: Plane): Promise<Response> {
   const relay = new Relay(exchange, plane);
-  const { heartbeatMs } = plane.config.queue;
+  const { heartbeatMs } = exchange.config.queue;
   return new Promise((resolve) => {
     const respond = (contentType: string, cacheControl: string | null) => {
       exchange.record.status = 200;
@@ -76,7 +76,7 @@ function answerStream(exchange: Exchange, plane: Plane): Promise<Response> {
 }
 
 async function answerWhole(exchange: Exchange, plane: Plane): Promise<Response> {
-  const totalMs = totalMsOf(exchange, plane);
+  const totalMs = totalMsOf(exchange);
   if (totalMs < Infinity) {
     const left = Math.max(0, totalMs - (plane.now() - exchange.receivedAt));
     const message = `the answer was not done within ${totalMs} ms (timeouts.totalMs, or the client's own)`;

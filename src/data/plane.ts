@@ -9,13 +9,14 @@ import type { Access } from "./identify.ts";
 
 /** What a request needs from the rest of the house. */
 export interface Plane {
-  readonly config: Config;
-  readonly access: Access;
+  /** Replaced by a reload; an exchange keeps the one it began with. */
+  config: Config;
+  access: Access;
   readonly fleet: Fleet;
   readonly log: Log;
   /** Null when switched off. */
-  readonly metrics: Metrics | null;
-  /** Replaced once the exporter has started. */
+  metrics: Metrics | null;
+  /** Replaced once the exporter has started, and by a reload. */
   tracing: Tracing;
   /** Every request that has not ended. */
   readonly exchanges: Set<Exchange>;

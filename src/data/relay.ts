@@ -119,6 +119,7 @@ export class Relay {
     const now = this.#lastChunkAt;
     const exchange = this.#exchange;
     exchange.lastTokenAt = now;
+    if (this.#attempt !== null) this.#attempt.lastTokenAt = now;
     if (exchange.firstTokenAt !== null) return;
     exchange.firstTokenAt = now;
     if (this.#attempt !== null) this.#attempt.firstTokenAt = now;
@@ -193,7 +194,7 @@ export class Relay {
     else return;
     this.#released = this.#heldBytes;
     // The tap would like to read all of it, as far as memory allows.
-    if (this.#heldBytes <= this.#plane.config.limits.bufferBytes && !this.#blind) return;
+    if (this.#heldBytes <= this.#exchange.config.limits.bufferBytes && !this.#blind) return;
     this.#held = [];
     this.#heldBytes = 0;
     this.#released = 0;
@@ -269,8 +270,8 @@ export class Relay {
 
   /** One clock per stream for everything that may not go on for ever. */
   #watch() {
-    const { idleMs, clientMs } = this.#plane.config.timeouts;
-    const { heartbeatMs } = this.#plane.config.queue;
+    const { idleMs, clientMs } = this.#exchange.config.timeouts;
+    const { heartbeatMs } = this.#exchange.config.queue;
     const now = this.#plane.now();
     let next = Infinity;
     const due = (since: number, limit: number): boolean => {

@@ -21,16 +21,19 @@ import {
 } from "../core/snapshot.ts";
 import type { Connection, Engine } from "../engines/engine.ts";
 import { engineOf } from "../engines/kinds.ts";
+import { Observed, type Answered } from "./observed.ts";
 
 /** One backend that requests are sent to: its queue, and what was learned from its traffic. */
 interface Live {
   key: string;
-  connection: Connection;
+  id: string;
+  url: string;
   engine: Engine;
   scheduler: SchedulerState;
   health: Health;
   failedAt: number | null;
   lastChunkAt: number;
+  observed: Observed;
   timer: ReturnType<typeof setTimeout> | undefined;
 }
 
@@ -47,7 +50,7 @@ function isBetter(other: Live, live: Live, ticket: Ticket): boolean {
     other !== live &&
     tier !== -1 &&
     (own === -1 || tier <= own) &&
-    !ticket.barred.has(other.connection.id) &&
+    !ticket.barred.has(other.id) &&
     hasRoom(other.scheduler, ticket.model)
   );
 }
@@ -57,8 +60,8 @@ export interface Permit {
   readonly target: Target;
   readonly connection: Connection;
   readonly engine: Engine;
-  /** Idempotent. */
-  release(outcome: Outcome): void;
+  /** Idempotent. @param answered what the attempt showed of the backend, where it was made. */
+  release(outcome: Outcome, answered?: Answered): void;
   /** Bytes of an answer arrived at `at`: the backend works, whatever a probe says. */
   flowed(at: number): void;
 }
@@ -91,12 +94,12 @@ interface Asking {
 export interface FleetOptions {
   /** Monotonic milliseconds. */
   now: () => number;
-  /** Waiting requests per model. */
-  maxLength: number;
   /** Requests to engines at once in this process; Infinity where the runtime sets no limit. */
   upstreamLimit: number;
-  /** Keys of the backends, by id; they are no part of the snapshot. */
-  apiKeys: ReadonlyMap<string, string>;
+  /** Waiting requests per model. */
+  maxLength: number;
+  /** The key of a backend; keys are no part of the snapshot. */
+  apiKeyOf: (backend: string) => string | null;
 }
 
 /**
@@ -107,13 +110,23 @@ export interface FleetOptions {
 export class Fleet {
   readonly #options: FleetOptions;
   readonly #lives = new Map<string, Live>();
+  /** Out of the configuration, with requests still running: they come back as they are. */
+  readonly #leaving = new Set<Live>();
   readonly #shares = new Map<string, Share>();
   readonly #asking = new Map<Ticket, Asking>();
   readonly #upstream: Cap;
+  #maxLength: number;
 
   constructor(options: FleetOptions) {
     this.#options = options;
+    this.#maxLength = options.maxLength;
     this.#upstream = { limit: options.upstreamLimit, used: 0 };
+  }
+
+  /** Waiting requests per model from now on; a longer queue is not shortened, it takes nobody in. */
+  set maxLength(maxLength: number) {
+    this.#maxLength = maxLength;
+    for (const { places } of this.#shares.values()) places.limit = maxLength;
   }
 
   /** Takes a new snapshot: new backends come alive, those that went send their queues elsewhere. */
@@ -154,6 +167,7 @@ export class Fleet {
   #close(live: Live) {
     this.#run(live, { type: "configure", available: false, concurrency: 0, lanes: [] });
     clearTimeout(live.timer);
+    if (live.scheduler.backend.used > 0) this.#leaving.add(live);
   }
 
   /** The targets of a model as selection wants them, in the snapshot's order. */
@@ -217,14 +231,17 @@ export class Fleet {
     return this.#lives.get(backend)?.lastChunkAt ?? -Infinity;
   }
 
-  /** Numbers for metrics: per backend, its caps and what each model uses and has waiting. */
+  /** Per backend its caps, what each model uses and has waiting, and what its answers showed. */
   usage() {
-    return [...this.#lives.values()].map(({ connection, scheduler }) => ({
-      backend: connection.id,
+    return [...this.#lives.values()].map(({ id, scheduler, observed }) => ({
+      backend: id,
       slots: Math.min(
         scheduler.backend.limit,
         [...scheduler.lanes.values()].reduce((sum, lane) => sum + lane.slots.limit, 0),
       ),
+      running: scheduler.backend.used,
+      waiting: scheduler.waiting,
+      observed,
       models: [...scheduler.lanes].map(([model, lane]) => ({
         model,
         running: lane.slots.used,
@@ -243,7 +260,7 @@ export class Fleet {
     if (share === undefined) {
       share = {
         running: { limit: Infinity, used: 0 },
-        places: { limit: this.#options.maxLength, used: 0 },
+        places: { limit: this.#maxLength, used: 0 },
         credit: new Map(),
       };
       this.#shares.set(model, share);
@@ -256,14 +273,19 @@ export class Fleet {
     const known = this.#lives.get(id);
     if (known?.key === key) return known;
     if (known !== undefined) this.#close(known);
-    const fresh: Live = {
+    // One that was taken out and put back still runs what it ran: its slots are not free twice.
+    const back = [...this.#leaving].find((live) => live.key === key && live.id === id);
+    if (back !== undefined) this.#leaving.delete(back);
+    const fresh: Live = back ?? {
       key,
-      connection: { id, url, apiKey: this.#options.apiKeys.get(id) ?? null },
+      id,
+      url,
       engine: engineOf(kind as Kind),
       scheduler: createScheduler(),
       health: "unknown",
       failedAt: null,
       lastChunkAt: -Infinity,
+      observed: new Observed(),
       timer: undefined,
     };
     this.#lives.set(id, fresh);
@@ -310,6 +332,7 @@ export class Fleet {
     const grantedAt = now();
     const complete = () => {
       this.#run(live, { type: "complete", ticket, serviceMs: now() - grantedAt });
+      if (live.scheduler.backend.used === 0) this.#leaving.delete(live);
       this.#offer();
     };
     // Nobody asks any more: the slot is free again.
@@ -320,12 +343,13 @@ export class Fleet {
     let held = true;
     return {
       target,
-      connection: live.connection,
+      connection: { id: live.id, url: live.url, apiKey: this.#options.apiKeyOf(live.id) },
       engine: live.engine,
-      release(outcome) {
+      release(outcome, answered) {
         if (!held) return;
         held = false;
         if (outcome === "failure") live.failedAt = now();
+        live.observed.add(outcome, answered ?? null);
         complete();
       },
       flowed(at) {

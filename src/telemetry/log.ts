@@ -17,7 +17,11 @@ export class Log {
   readonly #options: LogOptions;
 
   constructor(options: LogOptions) {
-    this.#options = options;
+    this.#options = { ...options };
+  }
+
+  set level(level: Level) {
+    this.#options.level = level;
   }
 
   debug(msg: string, fields?: object): void {

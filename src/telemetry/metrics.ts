@@ -5,6 +5,7 @@ import type { Snapshot } from "../core/snapshot.ts";
 import type { RequestRecord } from "./record.ts";
 
 const SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600];
+const RESIDENCIES = ["cold", "loading", "loaded"] as const;
 const HEALTHS = ["healthy", "degraded", "unhealthy", "unknown"] as const;
 
 /** What a scrape reads beside what was counted. */
@@ -18,6 +19,8 @@ export interface Gauges {
   /** The records of the requests that are in the house. */
   running: () => Iterable<Pick<RequestRecord, "model" | "backend_id">>;
   heldBytes: () => number;
+  /** Did the last reload succeed? The start counts as one. */
+  reloaded: () => boolean;
 }
 
 /** What a request's record does not say. */
@@ -38,7 +41,7 @@ const DELAY_SAMPLE_MS = 100;
 const DELAY_SAMPLES = 100;
 
 /** By how many milliseconds timers were late, over the last ten seconds. */
-function watchEventLoop(): number[] {
+function watchEventLoop(): { delays: readonly number[]; stop: () => void } {
   const delays = Array.from({ length: DELAY_SAMPLES }, () => 0);
   let at = 0;
   let last = performance.now();
@@ -49,14 +52,14 @@ function watchEventLoop(): number[] {
     last = now;
   }, DELAY_SAMPLE_MS);
   timer.unref();
-  return delays;
+  return { delays, stop: () => clearInterval(timer) };
 }
 
 /** Prometheus metrics. Label values come from configuration and snapshot, never from a client. */
 export class Metrics {
   readonly #registry = new Registry();
-  readonly #labels: readonly MetricLabel[];
-  readonly #requests;
+  #labels: readonly MetricLabel[];
+  #requests;
   readonly #attempts;
   readonly #retries;
   readonly #endings;
@@ -67,6 +70,8 @@ export class Metrics {
   readonly #interToken;
   readonly #duration;
   readonly #queueWait;
+  readonly #reloads;
+  readonly #stopWatching: () => void;
 
   constructor(
     labels: readonly MetricLabel[],
@@ -74,7 +79,7 @@ export class Metrics {
     build: { version: string; runtime: string; process: Process },
   ) {
     this.#labels = labels;
-    this.#requests = this.#counter("requests_total", "Requests, each once, at its end", labels);
+    this.#requests = this.#requestCounter();
     this.#attempts = this.#counter("attempts_total", "Requests sent to engines, by verdict", [
       "backend_id",
       "outcome",
@@ -108,8 +113,31 @@ export class Metrics {
       "queue_wait_seconds",
       "Waiting for a slot, requests that were admitted",
     );
+    this.#reloads = this.#counter("config_reloads_total", "Reloads of the configuration", [
+      "result",
+    ]);
     this.#observe(gauges);
-    this.#observeProcess(build);
+    this.#stopWatching = this.#observeProcess(build);
+  }
+
+  /** Counts by other labels from now on: what was counted by the old ones is dropped. */
+  relabel(labels: readonly MetricLabel[]): void {
+    if (labels.join() === this.#labels.join()) return;
+    this.#registry.removeSingleMetric("tidegate_requests_total");
+    this.#labels = labels;
+    this.#requests = this.#requestCounter();
+  }
+
+  #requestCounter() {
+    return this.#counter("requests_total", "Requests, each once, at its end", this.#labels);
+  }
+
+  close(): void {
+    this.#stopWatching();
+  }
+
+  reload(ok: boolean): void {
+    this.#reloads.inc({ result: ok ? "success" : "failure" });
   }
 
   get contentType(): string {
@@ -196,7 +224,7 @@ export class Metrics {
     });
   }
 
-  #observe({ snapshot, usage, running, heldBytes }: Gauges) {
+  #observe({ snapshot, usage, running, heldBytes, reloaded }: Gauges) {
     const pair = ["model", "backend_id"] as const;
     this.#gauge("tidegate_requests_in_flight", "Requests in the house", pair, (add) => {
       for (const { model, backend_id } of running()) {
@@ -222,9 +250,26 @@ export class Metrics {
         for (const each of HEALTHS) add({ backend_id: id, state: each }, each === health ? 1 : 0);
       }
     });
+    const where = ["model", "backend_id", "state"] as const;
+    this.#gauge("tidegate_model_residency", "1 for the state it is in", where, (add) => {
+      for (const { name, targets } of snapshot().models) {
+        for (const { backend, residency } of targets) {
+          for (const each of RESIDENCIES) {
+            const labels = { model: name, backend_id: backend, state: each };
+            add(labels, each === residency ? 1 : 0);
+          }
+        }
+      }
+    });
     this.#gauge("tidegate_held_body_bytes", "Request bodies in memory", [], (add) => {
       add({}, heldBytes());
     });
+    this.#gauge(
+      "tidegate_config_last_reload_success",
+      "1 when the file as it stands is in effect",
+      [],
+      (add) => add({}, reloaded() ? 1 : 0),
+    );
   }
 
   #observeProcess({
@@ -237,7 +282,7 @@ export class Metrics {
     process: Process;
   }) {
     const startedAt = Date.now() / 1000;
-    const delays = watchEventLoop();
+    const { delays, stop } = watchEventLoop();
     this.#gauge("tidegate_event_loop_delay_seconds", "Worst of the last 10 s", [], (add) => {
       add({}, Math.max(...delays) / 1000);
     });
@@ -261,5 +306,6 @@ export class Metrics {
       },
     });
     void cpu;
+    return stop;
   }
 }

@@ -94,21 +94,15 @@ export async function startTracing(
   environment: Record<string, string | undefined>,
 ): Promise<Tracing> {
   const api = await import("@opentelemetry/api");
-  if (config.otlpEndpoint !== undefined) {
-    environment["OTEL_EXPORTER_OTLP_ENDPOINT"] ??= config.otlpEndpoint;
-  }
-  environment["OTEL_TRACES_EXPORTER"] ??= "otlp";
-  environment["OTEL_METRICS_EXPORTER"] ??= "none";
-  environment["OTEL_LOGS_EXPORTER"] ??= "none";
-  environment["OTEL_PROPAGATORS"] ??= "tracecontext";
-  if (environment["OTEL_TRACES_SAMPLER"] === undefined) {
-    environment["OTEL_TRACES_SAMPLER"] = "parentbased_traceidratio";
-    environment["OTEL_TRACES_SAMPLER_ARG"] = String(config.sampling);
-  }
   let shutdown = () => Promise.resolve();
   // Deno registers a provider of its own, after which the SDK's is ignored without a word.
   if (environment["OTEL_DENO"] !== "true") {
     const { NodeSDK } = await import("@opentelemetry/sdk-node");
+    // After a reload the earlier SDK's provider is in the way.
+    api.trace.disable();
+    api.propagation.disable();
+    api.context.disable();
+    const restore = lend(environment, sdkVariables(config, environment));
     const sdk = new NodeSDK({
       serviceName: config.serviceName,
       autoDetectResources: false,
@@ -117,6 +111,7 @@ export async function startTracing(
       logRecordProcessors: [],
     });
     sdk.start();
+    restore();
     shutdown = () => sdk.shutdown();
   }
   const tracer = api.trace.getTracer("tidegate");
@@ -130,6 +125,46 @@ export async function startTracing(
       await Promise.race([shutdown().catch(() => {}), limit]);
       clearTimeout(timer);
     },
+  };
+}
+
+/** What the SDK is told beside what the environment says itself. */
+function sdkVariables(
+  { otlpEndpoint, sampling }: Config["telemetry"],
+  environment: Readonly<Record<string, string | undefined>>,
+): Record<string, string> {
+  const sampler =
+    environment["OTEL_TRACES_SAMPLER"] === undefined
+      ? {
+          OTEL_TRACES_SAMPLER: "parentbased_traceidratio",
+          OTEL_TRACES_SAMPLER_ARG: String(sampling),
+        }
+      : {};
+  return {
+    ...(otlpEndpoint === undefined ? {} : { OTEL_EXPORTER_OTLP_ENDPOINT: otlpEndpoint }),
+    OTEL_TRACES_EXPORTER: environment["OTEL_TRACES_EXPORTER"] ?? "otlp",
+    OTEL_METRICS_EXPORTER: environment["OTEL_METRICS_EXPORTER"] ?? "none",
+    OTEL_LOGS_EXPORTER: environment["OTEL_LOGS_EXPORTER"] ?? "none",
+    OTEL_PROPAGATORS: environment["OTEL_PROPAGATORS"] ?? "tracecontext",
+    ...sampler,
+  };
+}
+
+/**
+ * Sets variables for as long as the SDK reads them: a later start must not take them for the user's.
+ * @returns puts back what was there.
+ */
+function lend(
+  environment: Record<string, string | undefined>,
+  variables: Record<string, string>,
+): () => void {
+  const before = Object.keys(variables).map((name) => [name, environment[name]] as const);
+  Object.assign(environment, variables);
+  return () => {
+    for (const [name, value] of before) {
+      if (value === undefined) delete environment[name];
+      else environment[name] = value;
+    }
   };
 }
 

@@ -4,14 +4,17 @@ import { mkdtemp, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, describe, it } from "node:test";
+import type { Environment } from "../../src/environment.ts";
 import {
   ConfigError,
   isLoopback,
   loadSettings,
-  type Environment,
   type Flags,
   type Settings,
 } from "../../src/load.ts";
+
+const loadFrom = (flags: Flags, environment: Environment, directory: string) =>
+  loadSettings({ flags, environment, directory });
 
 const folders: string[] = [];
 after(async () => {
@@ -34,7 +37,7 @@ async function load(
   { flags = {}, environment = {} }: { flags?: Flags; environment?: Environment } = {},
 ): Promise<Settings> {
   const folder = await directory(file === null ? {} : { "gateway.config.json": file });
-  return await loadSettings(flags, environment, folder);
+  return await loadFrom(flags, environment, folder);
 }
 
 async function failure(loading: Promise<Settings>): Promise<ConfigError> {
@@ -62,7 +65,7 @@ describe("the file", () => {
       "gateway.config.ts": ts,
       "gateway.config.json": { server: { port: 4002 } },
     });
-    const first = await loadSettings({}, {}, both);
+    const first = await loadFrom({}, {}, both);
     assert.deepEqual([first.config.server.port, first.source], [4001, "gateway.config.ts"]);
     const second = await load({ server: { port: 4003 } });
     assert.deepEqual([second.config.server.port, second.source], [4003, "gateway.config.json"]);
@@ -75,12 +78,12 @@ describe("the file", () => {
       "gateway.config.json": { server: { port: 3 } },
     });
     const environment = { TIDEGATE_CONFIG: "b.json" };
-    const byFlag = await loadSettings({ config: "a.json" }, environment, folder);
+    const byFlag = await loadFrom({ config: "a.json" }, environment, folder);
     assert.deepEqual([byFlag.config.server.port, byFlag.source], [1, "a.json"]);
-    const byVariable = await loadSettings({}, environment, folder);
+    const byVariable = await loadFrom({}, environment, folder);
     assert.deepEqual([byVariable.config.server.port, byVariable.source], [2, "b.json"]);
     assert.deepEqual(byVariable.notes, [], "a variable that is known is no stranger");
-    const absolute = await loadSettings({ config: join(folder, "a.json") }, {}, "/");
+    const absolute = await loadFrom({ config: join(folder, "a.json") }, {}, "/");
     assert.equal(absolute.config.server.port, 1);
   });
 
@@ -89,7 +92,7 @@ describe("the file", () => {
       const folder = await directory({ "gateway.config.json": {} });
       const flags = how === "flag" ? { config: "nowhere.ts" } : {};
       const environment = how === "flag" ? {} : { TIDEGATE_CONFIG: "nowhere.ts" };
-      const error = await failure(loadSettings(flags, environment, folder));
+      const error = await failure(loadFrom(flags, environment, folder));
       assert(error.message.includes(join(folder, "nowhere.ts")), error.message);
       assert.equal(error.mistakes.length, 1);
     });
@@ -97,20 +100,20 @@ describe("the file", () => {
 
   it("of another kind is an error that says which kinds there are", async () => {
     const folder = await directory({ "gateway.toml": "" });
-    const error = await failure(loadSettings({ config: "gateway.toml" }, {}, folder));
+    const error = await failure(loadFrom({ config: "gateway.toml" }, {}, folder));
     assert.match(error.message, /\.ts or \.json/);
   });
 
   it("that is broken JSON is an error that names it", async () => {
     const folder = await directory({ "gateway.config.json": '{ "server": { "port": 4000 ' });
-    const error = await failure(loadSettings({}, {}, folder));
+    const error = await failure(loadFrom({}, {}, folder));
     assert(error.message.includes(join(folder, "gateway.config.json")), error.message);
     assert(!error.message.includes("load.ts"), "no stack");
   });
 
   it("that is broken TypeScript is an error that names it", async () => {
     const folder = await directory({ "gateway.config.ts": "export default { server: {\n" });
-    const error = await failure(loadSettings({}, {}, folder));
+    const error = await failure(loadFrom({}, {}, folder));
     assert(error.message.includes("gateway.config.ts"), error.message);
     // Deno says where in the file: that is no stack.
     assert(!error.message.includes("load.ts"), "no stack");
@@ -119,20 +122,20 @@ describe("the file", () => {
   it("that throws is an error with its words", async () => {
     const text = 'throw new Error("the moon is wrong");\nexport default {};\n';
     const folder = await directory({ "gateway.config.ts": text });
-    const error = await failure(loadSettings({}, {}, folder));
+    const error = await failure(loadFrom({}, {}, folder));
     assert.match(error.message, /the moon is wrong/);
   });
 
   it("that exports no default is an error: silence would drop every setting in it", async () => {
     const text = "export const config = { server: { port: 1 } };\n";
     const folder = await directory({ "gateway.config.ts": text });
-    assert.match((await failure(loadSettings({}, {}, folder))).message, /default/);
+    assert.match((await failure(loadFrom({}, {}, folder))).message, /default/);
   });
 
   it("that is no object is an error", async () => {
     for (const text of ["[]", "null", "3", '"x"']) {
       const folder = await directory({ "gateway.config.json": text });
-      assert.deepEqual(paths(await failure(loadSettings({}, {}, folder))), [""]);
+      assert.deepEqual(paths(await failure(loadFrom({}, {}, folder))), [""]);
     }
   });
 
@@ -309,7 +312,7 @@ describe("${VAR}", () => {
       'export default { backends: [{ id: "${ID}", url: "http://${HOST:-127.0.0.1}:1", ' +
       'models: ["${M}"] }] };\n';
     const folder = await directory({ "gateway.config.ts": text });
-    const { config } = await loadSettings({}, { ID: "one", M: "a:b" }, folder);
+    const { config } = await loadFrom({}, { ID: "one", M: "a:b" }, folder);
     const [backend] = config.backends;
     assert.deepEqual(
       [backend?.id, backend?.url, backend?.models],

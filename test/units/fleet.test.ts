@@ -41,7 +41,7 @@ class World {
       now: () => this.now,
       maxLength,
       upstreamLimit,
-      apiKeys: new Map([["a", "key of a"]]),
+      apiKeyOf: (id) => (id === "a" ? "key of a" : null),
     });
     this.fleet.apply(this.snapshot);
   }

@@ -1,0 +1,53 @@
+import { createHash, timingSafeEqual } from "node:crypto";
+import { GatewayError, quote } from "../errors.ts";
+import { isLoopback } from "../load.ts";
+
+function sha256(text: string): Uint8Array {
+  return createHash("sha256").update(text).digest();
+}
+
+/** Is this the address of the machine itself, IPv4 in IPv6 included? */
+function isLocalAddress(address: string): boolean {
+  return isLoopback(address.replace(/^::ffff:/i, ""));
+}
+
+function hostName(host: string): string {
+  return host.replace(/:\d*$/, "");
+}
+
+/**
+ * Who may operate the gateway: whoever has the admin key, or without one a caller on this machine that
+ * nobody forwarded. A page of another origin never, since its visitor's browser is on this machine too.
+ *
+ * @param peer the address at the other end of the connection; null when the runtime does not tell.
+ * @throws GatewayError `origin_not_allowed`, `invalid_api_key`, `permission_denied`
+ */
+export function checkOperator(
+  headers: Headers,
+  peer: string | null,
+  key: string | undefined,
+): void {
+  const host = headers.get("host") ?? "";
+  const origin = headers.get("origin");
+  if (origin !== null && URL.parse(origin)?.host !== host.toLowerCase()) {
+    throw new GatewayError(
+      "origin_not_allowed",
+      `Origin ${quote(origin)} may not operate this gateway: only its own pages may`,
+    );
+  }
+  if (key !== undefined) {
+    const [, bearer] = /^bearer\s+(.+)$/i.exec(headers.get("authorization")?.trim() ?? "") ?? [];
+    const credential = bearer ?? headers.get("x-api-key") ?? "";
+    if (timingSafeEqual(sha256(credential), sha256(key))) return;
+    throw new GatewayError(
+      "invalid_api_key",
+      "send the admin key (admin.key) as Authorization: Bearer KEY, or x-api-key: KEY",
+    );
+  }
+  const forwarded = headers.has("forwarded") || headers.has("x-forwarded-for");
+  if (peer !== null && isLocalAddress(peer) && isLoopback(hostName(host)) && !forwarded) return;
+  throw new GatewayError(
+    "permission_denied",
+    "without an admin key only callers on this machine may operate the gateway: set admin.key",
+  );
+}

@@ -1,0 +1,97 @@
+import type { BackendAction, Control } from "../control/control.ts";
+import type { Difference, LastReload, Reloader } from "../control/reload.ts";
+import type { Backend, Snapshot } from "../core/snapshot.ts";
+import type { Fleet } from "../fleet/fleet.ts";
+import { valuesOf, type Value } from "../values.ts";
+
+/** A backend as the snapshot has it, and how it is doing. Durations in milliseconds. */
+export interface BackendReport extends Backend {
+  inFlight: number;
+  queued: number;
+  /** Requests at once. */
+  slots: number;
+  breaker: { state: "closed"; failures: number; untilAt: null };
+  ttftMs: { p50: number | null; p95: number | null; p99: number | null };
+  tokensPerSecond: number | null;
+  lastError: { at: number; code: string } | null;
+}
+
+export type Reloaded = Difference & { backends: BackendAction[] };
+
+/** What the operator may see and do; every change is also in the log. */
+export class Operations {
+  readonly #control: Control;
+  readonly #fleet: Fleet;
+  readonly #reloader: Reloader;
+
+  constructor(control: Control, fleet: Fleet, reloader: Reloader) {
+    this.#control = control;
+    this.#fleet = fleet;
+    this.#reloader = reloader;
+  }
+
+  /** `admin` of the configuration in effect. */
+  get settings() {
+    return this.#reloader.settings.config.admin;
+  }
+
+  /** The newest snapshot, with the time of the newest probe. */
+  snapshot(): Snapshot {
+    const { snapshot } = this.#control;
+    const backends = snapshot.backends.map((backend) => {
+      return { ...backend, checkedAt: this.#control.checkedAt(backend.id) };
+    });
+    return { ...snapshot, backends };
+  }
+
+  backends(): BackendReport[] {
+    const usage = new Map(this.#fleet.usage().map((each) => [each.backend, each]));
+    return this.snapshot().backends.map((backend) => {
+      const { running = 0, waiting = 0, slots = 0, observed } = usage.get(backend.id) ?? {};
+      return {
+        ...backend,
+        inFlight: running,
+        queued: waiting,
+        slots,
+        breaker: { state: "closed", failures: observed?.failures ?? 0, untilAt: null },
+        ttftMs: {
+          p50: observed?.ttftMs(0.5) ?? null,
+          p95: observed?.ttftMs(0.95) ?? null,
+          p99: observed?.ttftMs(0.99) ?? null,
+        },
+        tokensPerSecond: observed?.tokensPerSecond ?? null,
+        lastError: observed?.lastError ?? null,
+      };
+    });
+  }
+
+  /** @returns false when there is no such backend. */
+  drain(id: string, drained: boolean): boolean {
+    return this.#control.drain(id, drained);
+  }
+
+  /** @throws ConfigError */
+  reload(): Promise<Reloaded> {
+    return this.#reloader.reload("api");
+  }
+
+  /** What this configuration would change in the place of the file. @throws ConfigError */
+  compare(file: unknown): Reloaded {
+    const { settings, ...difference } = this.#reloader.compare(file);
+    return { ...difference, backends: this.#control.preview(settings.config) };
+  }
+
+  /** Every value in effect, with its origin. */
+  values(): Value[] {
+    const { values } = this.#reloader.settings;
+    const backends = this.#control.discovered;
+    if (backends.length === 0) return values;
+    const found = valuesOf({ backends }, [["discovered", { backends }]]);
+    return values.flatMap((value) => (value.path === "backends" ? found : [value]));
+  }
+
+  /** Null before the first. */
+  get lastReload(): LastReload | null {
+    return this.#reloader.last;
+  }
+}

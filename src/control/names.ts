@@ -1,0 +1,143 @@
+import { lookup, Resolver } from "node:dns/promises";
+import type { BackendConfig } from "../config.ts";
+import type { Wanted } from "./registry.ts";
+
+/** From look-up to look-up. */
+const REFRESH_MS = 5000;
+
+/** A start or a reload waits for it. */
+const PATIENCE = { timeout: 1000, tries: 2 };
+
+/** One A record. */
+export interface Address {
+  address: string;
+  /** Seconds for which it may be taken for true. */
+  ttl: number;
+}
+
+/**
+ * The A records of a host name. A name that DNS does not know is asked of the system as well, which
+ * completes short names and reads its hosts file, but tells no time to live.
+ *
+ * @throws Error when nobody could be asked, or nobody knows the name
+ */
+export async function resolveA(
+  host: string,
+  resolver = new Resolver(PATIENCE),
+): Promise<Address[]> {
+  try {
+    return await resolver.resolve4(host, { ttl: true });
+  } catch (error) {
+    const { code } = error as { code?: string };
+    if (code !== "ENOTFOUND" && code !== "ENODATA") throw error;
+    const found = await lookup(host, { all: true, family: 4 });
+    return found.map(({ address }) => ({ address, ttl: 0 }));
+  }
+}
+
+/** The name is known to have no address, as opposed to nobody having answered. */
+function isGone(error: unknown): boolean {
+  const { code } = error as { code?: string };
+  return code === "ENOTFOUND" || code === "ENODATA";
+}
+
+/**
+ * Which addresses hold now: those of the answer for their time to live, and those of earlier answers
+ * for what is left of theirs, since a server may answer with a part of them only.
+ *
+ * @param known until when each address holds, milliseconds of the clock of `now`.
+ */
+export function addressesAfter(
+  known: ReadonlyMap<string, number>,
+  answer: readonly Address[],
+  now: number,
+): Map<string, number> {
+  const next = new Map([...known].filter(([, until]) => until > now));
+  for (const { address, ttl } of answer) next.set(address, now + ttl * 1000);
+  return next;
+}
+
+export interface NamesOptions {
+  resolve: (host: string) => Promise<Address[]>;
+  /** Monotonic milliseconds. */
+  now: () => number;
+  /** Another set of addresses holds than before. */
+  changed: () => void;
+  /** A name could not be looked up: what was known stays. */
+  failed: (id: string, reason: string) => void;
+}
+
+/** Backends whose URL is a name for many: one backend per address, coming and going with the answers. */
+export class Names {
+  readonly #options: NamesOptions;
+  /** By id of the configured backend. */
+  readonly #known = new Map<string, { host: string; addresses: Map<string, number> }>();
+  #backends: readonly BackendConfig[] = [];
+  #timer: ReturnType<typeof setTimeout> | undefined;
+
+  constructor(options: NamesOptions) {
+    this.#options = options;
+  }
+
+  /** Follows the names of these backends and no others. Resolves when each has been looked up once. */
+  async configure(backends: readonly BackendConfig[]): Promise<void> {
+    clearTimeout(this.#timer);
+    this.#backends = backends.filter(({ discover }) => discover === "dns");
+    for (const id of this.#known.keys()) {
+      if (!this.#backends.some((backend) => backend.id === id)) this.#known.delete(id);
+    }
+    await this.#lookUp();
+    this.#arm();
+  }
+
+  stop(): void {
+    this.#backends = [];
+    clearTimeout(this.#timer);
+  }
+
+  /** What stands for a configured backend: itself, or one per address of its name. */
+  expand(backend: BackendConfig): Wanted[] {
+    if (backend.discover !== "dns") return [backend];
+    const { discover: _, ...plain } = backend;
+    const addresses = [...(this.#known.get(backend.id)?.addresses.keys() ?? [])].toSorted();
+    return addresses.map((address) => {
+      const url = new URL(backend.url ?? "");
+      url.hostname = address;
+      const id = `${backend.id}@${address}`;
+      return { ...plain, id, url: url.href.replace(/\/$/, ""), group: backend.id };
+    });
+  }
+
+  #arm() {
+    if (this.#backends.length === 0) return;
+    this.#timer = setTimeout(() => {
+      void this.#lookUp().then((isOther) => {
+        if (isOther) this.#options.changed();
+        this.#arm();
+      });
+    }, REFRESH_MS);
+  }
+
+  /** @returns true when another set of addresses holds than before. */
+  async #lookUp(): Promise<boolean> {
+    const changes = await Promise.all(this.#backends.map((backend) => this.#lookUpOne(backend)));
+    return changes.includes(true);
+  }
+
+  async #lookUpOne({ id, url = "" }: BackendConfig): Promise<boolean> {
+    const { hostname: host } = new URL(url);
+    const known = this.#known.get(id);
+    const before = known?.host === host ? known.addresses : new Map<string, number>();
+    let answer: Address[] = [];
+    try {
+      answer = await this.#options.resolve(host);
+    } catch (error) {
+      this.#options.failed(id, error instanceof Error ? error.message : String(error));
+      // Whoever does not answer has not said that they are gone.
+      if (!isGone(error)) return false;
+    }
+    const addresses = addressesAfter(before, answer, this.#options.now());
+    this.#known.set(id, { host, addresses });
+    return [...addresses.keys()].toSorted().join() !== [...before.keys()].toSorted().join();
+  }
+}

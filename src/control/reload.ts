@@ -1,0 +1,150 @@
+import { unwatchFile, watchFile } from "node:fs";
+import {
+  ConfigError,
+  loadSettings,
+  settle,
+  watchedFiles,
+  type Settings,
+  type Sources,
+} from "../load.ts";
+import type { Mistake } from "../mistakes.ts";
+import type { Log } from "../telemetry/log.ts";
+import { changesBetween, type Change, type Value } from "../values.ts";
+import type { BackendAction } from "./control.ts";
+
+/** What a reload did, or would do. */
+export interface Difference {
+  changes: Change[];
+  /** Changed, and in effect only after a restart. */
+  restart: string[];
+}
+
+/** How the last reload went. */
+export interface LastReload {
+  /** Unix milliseconds. */
+  at: number;
+  ok: boolean;
+  changes: Change[];
+  errors: Mistake[];
+}
+
+/** The socket is open already. */
+const NEED_RESTART = ["server.host", "server.port"];
+const WATCH_MS = 1000;
+
+export interface ReloaderOptions {
+  sources: Sources;
+  log: Log;
+  /** Puts other settings in the place of those in effect, all at once. Must not throw. */
+  swap: (settings: Settings) => Promise<BackendAction[]>;
+  /** A reload is over. */
+  done: (ok: boolean) => void;
+}
+
+/** Reads the configuration again, and swaps it in or keeps the last good one. */
+export class Reloader {
+  readonly #options: ReloaderOptions;
+  #settings: Settings;
+  #last: LastReload | null = null;
+  /** One at a time, in the order they were asked for. */
+  #queue: Promise<unknown> = Promise.resolve();
+  #watched: string[] = [];
+
+  constructor(settings: Settings, options: ReloaderOptions) {
+    this.#settings = settings;
+    this.#options = options;
+  }
+
+  /** Those in effect. */
+  get settings(): Settings {
+    return this.#settings;
+  }
+
+  /** Null before the first. */
+  get last(): LastReload | null {
+    return this.#last;
+  }
+
+  /**
+   * Reads and checks everything, then swaps.
+   *
+   * @throws ConfigError when there is a mistake in it: nothing has changed then.
+   */
+  reload(trigger: string): Promise<Difference & { backends: BackendAction[] }> {
+    const result = this.#queue.then(() => this.#reload(trigger));
+    this.#queue = result.catch(() => {});
+    return result;
+  }
+
+  /**
+   * What a configuration would change, in the place of the file.
+   *
+   * @throws ConfigError
+   */
+  compare(file: unknown): Difference & { settings: Settings } {
+    const { sources } = this.#options;
+    const settings = settle(file, "the request's body", sources);
+    return { ...this.#difference(settings), settings };
+  }
+
+  /** Reloads whenever the file has changed: by polling, which sees renames and symlinks as well. */
+  watch(): void {
+    this.#watched = watchedFiles(this.#options.sources);
+    for (const path of this.#watched) {
+      watchFile(path, { interval: WATCH_MS, persistent: false }, (now, before) => {
+        if (now.mtimeMs === before.mtimeMs && now.ino === before.ino && now.size === before.size) {
+          return;
+        }
+        // The mistakes are in the log and in `last`.
+        this.reload("file").catch(() => {});
+      });
+    }
+  }
+
+  stop(): void {
+    for (const path of this.#watched) unwatchFile(path);
+  }
+
+  #difference({ config }: Settings): Difference {
+    const changes = changesBetween(this.#settings.config, config);
+    const paths = changes.map(({ path }) => path);
+    return { changes, restart: NEED_RESTART.filter((path) => paths.includes(path)) };
+  }
+
+  /** Address and port stay those of the socket that is open. */
+  #keepSocket(settings: Settings): Settings {
+    const { config, values } = this.#settings;
+    const { host, port } = config.server;
+    const stays = (value: Value) =>
+      values.find(({ path }) => path === value.path && NEED_RESTART.includes(path)) ?? value;
+    return {
+      ...settings,
+      config: { ...settings.config, server: { ...settings.config.server, host, port } },
+      values: settings.values.map(stays),
+    };
+  }
+
+  async #reload(trigger: string): Promise<Difference & { backends: BackendAction[] }> {
+    const { sources, log, swap, done } = this.#options;
+    let settings: Settings;
+    try {
+      settings = await loadSettings(sources);
+    } catch (error) {
+      const errors = error instanceof ConfigError ? error.mistakes : [];
+      this.#last = { at: Date.now(), ok: false, changes: [], errors };
+      const detail = error instanceof Error ? error.message : String(error);
+      log.error("configuration not reloaded: the last good one stays", { trigger, detail });
+      done(false);
+      throw error;
+    }
+    const difference = this.#difference(settings);
+    const { changes, restart } = difference;
+    this.#settings = this.#keepSocket(settings);
+    const backends = await swap(this.#settings);
+    this.#last = { at: Date.now(), ok: true, changes, errors: [] };
+    log.info("configuration reloaded", { trigger, changes, restart });
+    for (const note of settings.notes) log.warn(note);
+    done(true);
+    return { ...difference, backends };
+  }
+}

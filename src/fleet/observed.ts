@@ -1,0 +1,49 @@
+import type { Outcome } from "../core/outcome.ts";
+
+/** What one attempt showed of its backend. */
+export interface Answered {
+  /** Unix milliseconds of its end. */
+  at: number;
+  /** From sent to the first token; null for answers in one piece. */
+  ttftMs: number | null;
+  /** Of this answer alone, from its first token to its last; null where that cannot be told. */
+  tokensPerSecond: number | null;
+  /** The code of its error, null when it had none. */
+  error: string | null;
+}
+
+/** How many answers the percentiles are over. */
+const SAMPLES = 200;
+const SPEED_WEIGHT = 0.2;
+
+/** What the answers of one backend have shown lately. */
+export class Observed {
+  readonly #ttfts: number[] = [];
+  #next = 0;
+  /** Moving average. */
+  tokensPerSecond: number | null = null;
+  /** Failed attempts in a row. */
+  failures = 0;
+  lastError: { at: number; code: string } | null = null;
+
+  add(outcome: Outcome, answered: Answered | null): void {
+    if (outcome === "failure") this.failures++;
+    if (outcome === "success") this.failures = 0;
+    if (answered === null) return;
+    const { at, ttftMs, tokensPerSecond, error } = answered;
+    if (error !== null) this.lastError = { at, code: error };
+    if (ttftMs !== null) {
+      this.#ttfts[this.#next] = ttftMs;
+      this.#next = (this.#next + 1) % SAMPLES;
+    }
+    if (tokensPerSecond === null) return;
+    const before = this.tokensPerSecond ?? tokensPerSecond;
+    this.tokensPerSecond = before + SPEED_WEIGHT * (tokensPerSecond - before);
+  }
+
+  /** The ttft that this share of the last answers did not exceed, nearest rank; null before the first. */
+  ttftMs(share: number): number | null {
+    const sorted = this.#ttfts.toSorted((a, b) => a - b);
+    return sorted[Math.max(0, Math.ceil(share * sorted.length) - 1)] ?? null;
+  }
+}
