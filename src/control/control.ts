@@ -189,7 +189,9 @@ export class Control {
     const backends = actionsBetween(this.#registry.wanted, wanted);
     this.#registry.configure(config.models, wanted, looked);
     for (const { id, action } of backends) {
-      if (action !== "kept") this.#log.info(`backend ${action}`, { backend_id: id, why });
+      if (action === "kept") continue;
+      const { kind, health } = this.#registry.seen(id) ?? {};
+      this.#log.info(`backend ${action}`, { backend_id: id, why, kind, health });
     }
     return { backends, probed: this.#prober.configure(wanted, looked) };
   }

@@ -72,6 +72,8 @@ export class Names {
   readonly #options: NamesOptions;
   /** By id of the configured backend. */
   readonly #known = new Map<string, { host: string; addresses: Map<string, number> }>();
+  /** Why a name could not be looked up the last time, by the same id: said once. */
+  readonly #failures = new Map<string, string>();
   #backends: readonly BackendConfig[] = [];
   #timer: ReturnType<typeof setTimeout> | undefined;
 
@@ -131,8 +133,11 @@ export class Names {
     let answer: Address[] = [];
     try {
       answer = await this.#options.resolve(host);
+      this.#failures.delete(id);
     } catch (error) {
-      this.#options.failed(id, error instanceof Error ? error.message : String(error));
+      const reason = error instanceof Error ? error.message : String(error);
+      if (this.#failures.get(id) !== reason) this.#options.failed(id, reason);
+      this.#failures.set(id, reason);
       // Whoever does not answer has not said that they are gone.
       if (!isGone(error)) return false;
     }
