@@ -1,6 +1,8 @@
 import { resolve, type Model, type Snapshot } from "../core/snapshot.ts";
 import type { Ticket } from "../core/scheduler.ts";
 import { select } from "../core/select.ts";
+import type { Want } from "../dialects/dialect.ts";
+import type { Engine } from "../engines/engine.ts";
 import { GatewayError, quote } from "../errors.ts";
 import type { Admission, Permit, Place } from "../fleet/fleet.ts";
 import type { Exchange } from "./exchange.ts";
@@ -41,19 +43,42 @@ export function findModel(snapshot: Snapshot, asked: string): Model {
 /**
  * The model a request means, in the exchange's snapshot.
  *
- * @throws GatewayError `model_not_found`, `unsupported_endpoint`
+ * @throws GatewayError `model_not_found`, `unsupported_endpoint`, `unsupported_parameter`
  */
 export function resolveModel(exchange: Exchange, plane: Plane): Model {
   const model = findModel(exchange.snapshot, exchange.view?.model ?? "");
   exchange.record.model = model.name;
+  const isAble = model.targets.some(({ backend }) => {
+    return canServe(exchange, plane.fleet.engineFor(backend));
+  });
+  if (!isAble) throw inability(exchange, plane, model);
+  return model;
+}
+
+/** The first thing that the request wants and this engine cannot do. */
+function lackOf(exchange: Exchange, engine: Engine): Want | undefined {
+  return exchange.view?.wants.find((want) => engine.cannot(want) !== null);
+}
+
+function canServe(exchange: Exchange, engine: Engine | undefined): boolean {
+  return engine?.speaks(exchange.endpoint.path) === true && lackOf(exchange, engine) === undefined;
+}
+
+/** Why none of the model's backends can serve the request, however idle. */
+function inability(exchange: Exchange, plane: Plane, model: Model): GatewayError {
   const { path } = exchange.endpoint;
-  if (!model.targets.some(({ backend }) => plane.fleet.engineFor(backend)?.speaks(path))) {
-    throw new GatewayError(
-      "unsupported_endpoint",
-      `no backend with model ${quote(model.name)} does ${path}`,
+  const name = quote(model.name);
+  for (const { backend } of model.targets) {
+    const engine = plane.fleet.engineFor(backend);
+    const want = engine?.speaks(path) === true ? lackOf(exchange, engine) : undefined;
+    if (engine === undefined || want === undefined) continue;
+    return new GatewayError(
+      "unsupported_parameter",
+      `no backend with model ${name} does what ${want.param} asks for: ${engine.kind} ${engine.cannot(want)}`,
+      { param: want.param },
     );
   }
-  return model;
+  return new GatewayError("unsupported_endpoint", `no backend with model ${name} does ${path}`);
 }
 
 export interface AdmitOptions {
@@ -74,7 +99,7 @@ export async function admit(
   options: AdmitOptions,
 ): Promise<Permit> {
   const startedAt = plane.now();
-  const { maxWaitMs } = plane.config.queue;
+  const { maxWaitMs } = exchange.config.queue;
   const patience = Math.min(maxWaitMs, clientTimeoutMs(exchange) ?? Infinity);
   let model = resolveModel(exchange, plane);
   let ticket: Ticket = {
@@ -120,9 +145,13 @@ function barredFor(
   model: Model,
   tried: ReadonlySet<string>,
 ): ReadonlySet<string> {
-  const { path } = exchange.endpoint;
-  const mute = model.targets.filter(({ backend }) => !plane.fleet.engineFor(backend)?.speaks(path));
-  return mute.length === 0 ? tried : new Set([...tried, ...mute.map(({ backend }) => backend)]);
+  let barred: Set<string> | null = null;
+  for (const { backend } of model.targets) {
+    if (canServe(exchange, plane.fleet.engineFor(backend))) continue;
+    barred ??= new Set(tried);
+    barred.add(backend);
+  }
+  return barred ?? tried;
 }
 
 interface Asked {
@@ -150,7 +179,7 @@ function ask(
     throw new GatewayError(
       "no_backend_available",
       `no backend with model ${quote(model.name)} is up: ${reasons(exchange, model)}`,
-      { retryAfterMs: plane.config.backends[0]?.healthInterval ?? 5000 },
+      { retryAfterMs: exchange.config.backends[0]?.healthInterval ?? 5000 },
     );
   }
   const { target, reason } = selection;

@@ -1,7 +1,7 @@
 import { createParser } from "eventsource-parser";
 import { concat } from "../core/splice.ts";
 import { emptyFacts, errorWords, isRecord } from "../dialects/dialect.ts";
-import { readRefusal } from "../engines/engine.ts";
+import { readDenial, readRefusal } from "../engines/refusal.ts";
 import { GatewayError, quote } from "../errors.ts";
 import { AttemptFailed, type UpstreamAttempt } from "./attempt.ts";
 import type { Exchange } from "./exchange.ts";
@@ -61,16 +61,9 @@ export async function refused(
   response: Response,
 ): Promise<AttemptFailed> {
   const text = await readBounded(exchange, attempt, response);
-  const { kind } = attempt.permit.engine;
-  const { backend } = attempt.permit.target;
-  const refusal = readRefusal(
-    kind,
-    backend,
-    exchange.endpoint,
-    response.status,
-    response.headers,
-    text,
-  );
+  const { engine, target } = attempt.permit;
+  const { status, headers } = response;
+  const refusal = readRefusal(engine, target.backend, exchange.endpoint, status, headers, text);
   return new AttemptFailed(refusal.fault, refusal.error);
 }
 
@@ -81,6 +74,13 @@ function invalid(backend: string, what: string, got: string): AttemptFailed {
     detail: `${got.length} characters`,
   });
   return new AttemptFailed("invalid_answer", error);
+}
+
+/** LM Studio answers paths it does not have with a 200. */
+function denied(exchange: Exchange, attempt: UpstreamAttempt, text: string): AttemptFailed | null {
+  const { engine, target } = attempt.permit;
+  const refusal = readDenial(engine, target.backend, exchange.endpoint, text);
+  return refusal === null ? null : new AttemptFailed(refusal.fault, refusal.error);
 }
 
 function errorInside(backend: string, words: string): AttemptFailed {
@@ -166,7 +166,10 @@ async function notAStream(
   const text = await readBounded(exchange, attempt, response);
   const { error } = recordFrom(text);
   if (isRecord(error)) return errorInside(backend, errorWords(error) ?? "no words");
-  return invalid(backend, `${quote(contentType)} instead of an event stream`, text);
+  return (
+    denied(exchange, attempt, text) ??
+    invalid(backend, `${quote(contentType)} instead of an event stream`, text)
+  );
 }
 
 /** Holds an answer in one piece until it is whole; beyond `limits.bufferBytes` it is passed on unseen. */
@@ -187,7 +190,7 @@ export async function readWhole(
     if (value === null) break;
     parts.push(value);
     length += value.length;
-    if (length > plane.config.limits.bufferBytes) {
+    if (length > exchange.config.limits.bufferBytes) {
       return { contentType, cacheControl, head: concat(parts), more: true, attempt };
     }
   }
@@ -212,7 +215,9 @@ function judgeWhole(exchange: Exchange, attempt: UpstreamAttempt, bytes: Uint8Ar
   }
   if (isRecord(parsed) && exchange.endpoint.readWhole(parsed, attempt.facts)) return;
   const inner = isRecord(parsed) ? parsed["error"] : undefined;
-  // LM Studio answers paths it does not have with 200 and a string.
   if (isRecord(inner)) throw errorInside(backend, errorWords(inner) ?? "no words");
-  throw invalid(backend, `an answer that is none of ${exchange.endpoint.path}`, text);
+  throw (
+    denied(exchange, attempt, text) ??
+    invalid(backend, `an answer that is none of ${exchange.endpoint.path}`, text)
+  );
 }

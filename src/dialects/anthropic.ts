@@ -10,6 +10,7 @@ import {
   type Dialect,
   type Endpoint,
 } from "./dialect.ts";
+import { keysOf, MESSAGES_WANTS, wantsIn } from "./wants.ts";
 
 const TYPE_OF_STATUS: Record<number, string> = {
   401: "authentication_error",
@@ -47,8 +48,8 @@ export const messages: Endpoint = {
   path: "/v1/messages",
   operation: "chat",
   dialect: anthropic,
-  keys: VIEW_KEYS,
-  view: readView,
+  keys: [...VIEW_KEYS, ...keysOf(MESSAGES_WANTS)],
+  view: (body) => readView(body, wantsIn(body, MESSAGES_WANTS)),
   usageOnRequest: false,
   telling: /"type"\s*:\s*"(?:message_start|message_delta|message_stop|error)"|"error"\s*:\s*[{"]/,
   deltaMark: '"content_block_delta"',

@@ -45,12 +45,32 @@ export function isWhole(facts: AnswerFacts): boolean {
   return facts.ended || (facts.finished.size > 0 && facts.finished.size >= facts.choices.size);
 }
 
+/** What not every engine does. `stored_response` continues an answer that the engine has kept. */
+export type Ability =
+  | "n"
+  | "best_of"
+  | "echo"
+  | "logit_bias"
+  | "tool_choice"
+  | "prompt_list"
+  | "token_input"
+  | "image_url"
+  | "stored_response";
+
+/** Something that a request asks for and not every engine does, and the field that asks for it. */
+export interface Want {
+  what: Ability;
+  param: string;
+}
+
 /** The part of a request body that the gateway acts on. */
 export interface View {
   model: string;
   stream: boolean;
   /** The client asked for usage in the stream itself. */
   includeUsage: boolean;
+  /** Empty for most requests: any engine that speaks the path can do those. */
+  wants: readonly Want[];
   /** Sampling parameters, for the span only; undefined where absent or not a number. */
   sampling: {
     maxTokens?: number | undefined;
@@ -114,7 +134,7 @@ const viewSchema = z.object({
 export const VIEW_KEYS = Object.keys(viewSchema.shape);
 
 /** @throws GatewayError `invalid_parameter` that names the first field at fault. */
-export function readView(body: Record<string, unknown>): View {
+export function readView(body: Record<string, unknown>, wants: readonly Want[] = []): View {
   const parsed = viewSchema.safeParse(body);
   if (!parsed.success) throw invalidParameter(parsed.error);
   const view = parsed.data;
@@ -122,6 +142,7 @@ export function readView(body: Record<string, unknown>): View {
     model: view.model,
     stream: view.stream === true,
     includeUsage: view.stream_options?.include_usage === true,
+    wants,
     sampling: {
       maxTokens: view.max_completion_tokens ?? view.max_output_tokens ?? view.max_tokens,
       temperature: view.temperature,
@@ -140,6 +161,15 @@ export function invalidParameter(error: z.core.$ZodError): GatewayError {
   return new GatewayError("invalid_parameter", `${param}: ${issue?.message ?? "invalid"}${hint}`, {
     param,
   });
+}
+
+/**
+ * The hook of every use of the validator, whose own answer is not our error.
+ *
+ * @throws GatewayError `invalid_parameter`
+ */
+export function refuseInvalid(result: { success: boolean; error?: z.core.$ZodError }): void {
+  if (!result.success && result.error !== undefined) throw invalidParameter(result.error);
 }
 
 export function isRecord(value: unknown): value is Record<string, unknown> {

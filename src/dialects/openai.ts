@@ -10,10 +10,19 @@ import {
   type Dialect,
   type Endpoint,
 } from "./dialect.ts";
+import {
+  CHAT_WANTS,
+  COMPLETION_WANTS,
+  EMBEDDING_WANTS,
+  keysOf,
+  RESPONSES_WANTS,
+  wantsIn,
+} from "./wants.ts";
 
 function errorBody(error: GatewayError) {
-  const { message, type, param, code } = error;
-  return { error: { message, type, param, code } };
+  const { message, type, param, code, mistakes } = error;
+  const errors = mistakes === null ? {} : { errors: mistakes };
+  return { error: { message, type, param, code, ...errors } };
 }
 
 export const openai: Dialect = {
@@ -99,8 +108,6 @@ function readListed(key: string): Endpoint["readWhole"] {
 
 const chunked = {
   dialect: openai,
-  keys: VIEW_KEYS,
-  view: readView,
   usageOnRequest: true,
   // A further choice is told as well: the answer is whole when every choice is finished.
   telling: /"finish_reason"\s*:\s*"|"usage"\s*:\s*\{|"error"\s*:\s*[{"]|"index"\s*:\s*[1-9]/,
@@ -112,6 +119,7 @@ const chunked = {
 const unstreamed = {
   ...chunked,
   usageOnRequest: false,
+  keys: VIEW_KEYS,
   // An answer in one piece whatever the body says: nothing here reads `stream`.
   view: (body: Record<string, unknown>) => ({ ...readView(body), stream: false }),
 } satisfies Partial<Endpoint>;
@@ -120,18 +128,24 @@ export const chatCompletions: Endpoint = {
   ...chunked,
   path: "/v1/chat/completions",
   operation: "chat",
+  keys: [...VIEW_KEYS, ...keysOf(CHAT_WANTS)],
+  view: (body) => readView(body, wantsIn(body, CHAT_WANTS)),
 };
 
 export const completions: Endpoint = {
   ...chunked,
   path: "/v1/completions",
   operation: "text_completion",
+  keys: [...VIEW_KEYS, ...keysOf(COMPLETION_WANTS)],
+  view: (body) => readView(body, wantsIn(body, COMPLETION_WANTS)),
 };
 
 export const embeddings: Endpoint = {
   ...unstreamed,
   path: "/v1/embeddings",
   operation: "embeddings",
+  keys: [...VIEW_KEYS, ...keysOf(EMBEDDING_WANTS)],
+  view: (body) => ({ ...unstreamed.view(body), wants: wantsIn(body, EMBEDDING_WANTS) }),
   readWhole: readListed("data"),
 };
 
@@ -148,8 +162,8 @@ export const responses: Endpoint = {
   path: "/v1/responses",
   operation: "chat",
   dialect: responsesDialect,
-  keys: VIEW_KEYS,
-  view: readView,
+  keys: [...VIEW_KEYS, ...keysOf(RESPONSES_WANTS)],
+  view: (body) => readView(body, wantsIn(body, RESPONSES_WANTS)),
   usageOnRequest: false,
   telling: /"type"\s*:\s*"(?:response\.(?:completed|incomplete|failed)|error)"|"error"\s*:\s*[{"]/,
   deltaMark: '.delta"',

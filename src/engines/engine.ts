@@ -1,9 +1,7 @@
 import type { Kind } from "../config.ts";
-import type { Fault } from "../core/outcome.ts";
 import type { Residency } from "../core/snapshot.ts";
 import type { Keys } from "../core/splice.ts";
-import { errorWords, isRecord, numberOf, textOf, type Endpoint } from "../dialects/dialect.ts";
-import { GatewayError, printable, quote } from "../errors.ts";
+import { errorWords, isRecord, numberOf, textOf, type Want } from "../dialects/dialect.ts";
 
 /** How one backend is reached. */
 export interface Connection {
@@ -64,11 +62,23 @@ export interface Sighting {
   models: ListedModel[];
 }
 
-/** An engine's refusal: the verdict's key, and the error in the caller's words. */
-export interface Refusal {
-  fault: Fault;
-  error: GatewayError;
+/** An engine's own words about a request that it did not serve. */
+export interface Said {
+  /** Of the answer; 200 where the error came in the place of one. */
+  status: number;
+  words: string;
+  type: string | null;
+  code: string | null;
+  /** The endpoint's. */
+  path: string;
 }
+
+/**
+ * What those words mean, where their status does not tell: this engine or this model does not do
+ * the endpoint; the request is longer than the context; there is something in it that the model
+ * cannot take; the model has to be loaded first, by a person.
+ */
+export type Meaning = "unsupported" | "too_long" | "unsupported_input" | "not_loaded";
 
 /** The backend's side: only what differs per kind. Knows no plane and no request but the one given. */
 export interface Engine {
@@ -77,6 +87,8 @@ export interface Engine {
   slots: number;
   /** False: this path is not worth asking this engine for. */
   speaks(path: string): boolean;
+  /** Why it cannot do what a request wants, to be read after its kind; null when it can. */
+  cannot(want: Want): string | null;
   /** Further replacements in the request body, as JSON bytes. */
   adapt(body: Uint8Array, keys: Keys): Map<string, Uint8Array>;
   /** Sends one inference request. Rejects when there was no answer at all. */
@@ -86,6 +98,8 @@ export interface Engine {
    * @throws Error with the reason in words.
    */
   look(connection: Connection, signal: AbortSignal): Promise<Sighting>;
+  /** What a refusal means where the rules for all engines would misread it, else null. */
+  meaning(said: Said): Meaning | null;
 }
 
 /** Bun's `fetch` gives up after minutes of silence unless told not to. */
@@ -119,22 +133,31 @@ function sendByFetch(connection: Connection, request: EngineRequest): Promise<Re
   });
 }
 
-/** A GET of the engine's own API, its body read to the end and parsed where it is JSON. */
+/**
+ * A question to the engine's own API, its answer read to the end and parsed where it is JSON.
+ *
+ * @param question sent as JSON by POST; without one it is a GET
+ */
 export async function ask(
   connection: Connection,
   path: string,
   signal: AbortSignal,
+  question?: object,
 ): Promise<{ status: number; server: string; body: unknown; text: string }> {
-  const response = await freshFetch(connection.url + path, {
-    headers: {
-      accept: "application/json",
-      "user-agent": "tidegate",
-      connection: "close",
-      "accept-encoding": "identity",
-      ...authorization(connection),
-    },
-    signal,
-  });
+  const headers = {
+    accept: "application/json",
+    "user-agent": "tidegate",
+    connection: "close",
+    "accept-encoding": "identity",
+    ...authorization(connection),
+  };
+  const posted = {
+    method: "POST",
+    headers: { ...headers, "content-type": "application/json" },
+    body: JSON.stringify(question),
+  };
+  const init = question === undefined ? { headers } : posted;
+  const response = await freshFetch(connection.url + path, { ...init, signal });
   const text = await response.text();
   let body: unknown = null;
   try {
@@ -145,30 +168,90 @@ export async function ask(
   return { status: response.status, server: response.headers.get("server") ?? "", body, text };
 }
 
+/** The same for what a probe can do without: an object, or null whatever went wrong. */
+export async function askAside(
+  connection: Connection,
+  path: string,
+  signal: AbortSignal,
+  question?: object,
+): Promise<Record<string, unknown> | null> {
+  const answer = await ask(connection, path, signal, question).catch(() => null);
+  return answer?.status === 200 && isRecord(answer.body) ? answer.body : null;
+}
+
 function isLoading(status: number, body: unknown): boolean {
   if (status !== 503 || !isRecord(body)) return false;
   return /loading model/i.test(errorWords(body["error"]) ?? "");
 }
 
-function listed(item: Record<string, unknown>): ListedModel[] {
-  const name = textOf(item["id"]);
-  if (name === null || name === "") return [];
-  const meta = isRecord(item["meta"]) ? item["meta"] : {};
-  const contextLength = numberOf(item["max_model_len"]) ?? numberOf(meta["n_ctx"]);
-  return [modelNamed(name, { contextLength, createdAt: numberOf(item["created"]) })];
+/** What an engine lists at a path of its own, by the key that holds the list. */
+export interface Listing {
+  loading: boolean;
+  items: Record<string, unknown>[];
 }
 
-/** `GET /v1/models`, read leniently: `data` may be null, fields may be missing. */
-async function lookAtModels(connection: Connection, signal: AbortSignal): Promise<Sighting> {
-  const { status, body } = await ask(connection, "/v1/models", signal);
-  if (isLoading(status, body)) return { loading: true, models: [] };
+/**
+ * A list of models, read leniently: it may be null, and what is no object in it is left out.
+ *
+ * @throws Error with the reason in words.
+ */
+export async function list(
+  connection: Connection,
+  path: string,
+  key: string,
+  signal: AbortSignal,
+): Promise<Listing> {
+  const { status, body } = await ask(connection, path, signal);
+  if (isLoading(status, body)) return { loading: true, items: [] };
   if (status === 401 || status === 403) {
-    throw new Error(`HTTP ${status} at /v1/models: set this backend's apiKey`);
+    throw new Error(`HTTP ${status} at ${path}: set this backend's apiKey`);
   }
-  if (status !== 200) throw new Error(`HTTP ${status} at /v1/models`);
-  if (!isRecord(body) || !("data" in body)) throw new Error("no model list at /v1/models");
-  const items = Array.isArray(body["data"]) ? body["data"].filter(isRecord) : [];
-  return { loading: false, models: items.flatMap(listed) };
+  if (status !== 200) throw new Error(`HTTP ${status} at ${path}`);
+  if (!isRecord(body) || !(key in body)) throw new Error(`no model list at ${path}`);
+  const items = Array.isArray(body[key]) ? body[key].filter(isRecord) : [];
+  return { loading: false, items };
+}
+
+/** A number that counts something: engines say 0 where they do not know. */
+export function countOf(value: unknown): number | null {
+  const number = numberOf(value);
+  return number === null || number < 1 ? null : Math.floor(number);
+}
+
+/** One item of `/v1/models`, in any of the ways that engines write it; none without a name. */
+export function fromCard(card: Record<string, unknown>): ListedModel[] {
+  const name = textOf(card["id"]);
+  if (name === null || name === "") return [];
+  const meta = isRecord(card["meta"]) ? card["meta"] : {};
+  const contextLength =
+    countOf(card["max_model_len"]) ??
+    countOf(meta["n_ctx"]) ??
+    countOf(card["context_length"]) ??
+    countOf(card["context_window"]) ??
+    countOf(card["max_context_length"]);
+  return [modelNamed(name, { contextLength, createdAt: countOf(card["created"]) })];
+}
+
+async function lookAtModels(connection: Connection, signal: AbortSignal): Promise<Sighting> {
+  const { loading, items } = await list(connection, "/v1/models", "data", signal);
+  return { loading, models: items.flatMap(fromCard) };
+}
+
+/** What the routers of FastAPI, gin, llama.cpp and LM Studio (in a 200) say of a path they lack. */
+const NO_SUCH_PATH =
+  /^(?:not found|404 page not found|file not found|unexpected endpoint or method\b.*)$/i;
+
+/** The core every engine has; a 404 elsewhere means that it lacks the path. */
+const CORE_PATHS = new Set(["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]);
+
+/** Something named in the request is missing, and not the path. */
+const NAMED_MISSING = /\b(?:model|response)\b.*(?:not found|not exist)/i;
+
+function meaningForAll({ status, words, path }: Said): Meaning | null {
+  if (status !== 404 && status !== 200) return null;
+  if (NO_SUCH_PATH.test(words.trim())) return "unsupported";
+  const lacking = status === 404 && !CORE_PATHS.has(path) && !NAMED_MISSING.test(words);
+  return lacking ? "unsupported" : null;
 }
 
 /** The plain OpenAI-compatible engine; other kinds are this one with their differences. */
@@ -176,97 +259,9 @@ export const openai: Engine = {
   kind: "openai",
   slots: 32,
   speaks: () => true,
+  cannot: () => null,
   adapt: () => new Map(),
   send: sendByFetch,
   look: lookAtModels,
+  meaning: meaningForAll,
 };
-
-const CONTEXT_WORDS =
-  /context (?:length|window|size)|maximum context|exceeds? the (?:available|model)|exceed_context_size|prompt is (?:too long|longer)/i;
-
-/** The error inside whatever shape an engine gave its refusal. */
-function refusalOf(text: string): { words: string; type: string | null; code: string | null } {
-  let body: unknown;
-  try {
-    body = JSON.parse(text);
-  } catch {
-    return { words: text.trim(), type: null, code: null };
-  }
-  // Nested (OpenAI), a string (Ollama's own API), flat (SGLang), or FastAPI's `detail`.
-  const inner = isRecord(body) ? (body["error"] ?? body) : body;
-  const fields = isRecord(inner) ? inner : {};
-  const words =
-    typeof inner === "string"
-      ? inner
-      : (textOf(fields["message"]) ?? textOf(fields["detail"]) ?? text.trim());
-  return { words, type: textOf(fields["type"]), code: textOf(fields["code"]) };
-}
-
-/** An engine's words inside our message: bounded, on one line. */
-function cited(words: string): string {
-  return words === "" ? "no words" : printable(words.slice(0, 500));
-}
-
-function retryAfterOf(headers: Headers): number {
-  const seconds = Number(headers.get("retry-after"));
-  return Number.isFinite(seconds) && seconds > 0 ? seconds * 1000 : 1000;
-}
-
-/** The core every engine has; a plain engine's 404 elsewhere means that it lacks the path. */
-const CORE_PATHS = new Set(["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]);
-
-/** Turns an answer other than 2xx into a fault and the caller's error. `text` is the body, bounded. */
-export function readRefusal(
-  kind: Kind,
-  backend: string,
-  endpoint: Endpoint,
-  status: number,
-  headers: Headers,
-  text: string,
-): Refusal {
-  const { words, type, code } = refusalOf(text);
-  // A refusal of the request may repeat the prompt: of that the log only gets what kind it was.
-  const kindOfError = `HTTP ${status} ${type ?? ""} ${code ?? ""}`.trim();
-  const details = { detail: status < 500 ? kindOfError : `${kindOfError}: ${words.slice(0, 500)}` };
-  const said = `backend ${quote(backend)} answered HTTP ${status}: ${cited(words)}`;
-  if (status === 429 || status === 503) {
-    const message = `every backend with this model is busy, try again; ${said}`;
-    const retryAfterMs = retryAfterOf(headers);
-    const error = new GatewayError("rate_limit_exceeded", message, { ...details, retryAfterMs });
-    return { fault: "busy", error };
-  }
-  const missingPath =
-    status === 404 &&
-    kind === "openai" &&
-    !CORE_PATHS.has(endpoint.path) &&
-    !/model .*(?:not found|not exist)/i.test(words);
-  if (status === 501 || missingPath) {
-    const message = `this model's backend does not do ${endpoint.path}; ${said}`;
-    return {
-      fault: "unsupported",
-      error: new GatewayError("unsupported_endpoint", message, details),
-    };
-  }
-  if (status >= 500) {
-    return { fault: "server_error", error: new GatewayError("upstream_error", said, details) };
-  }
-  if (status === 401 || status === 403 || status < 400) {
-    const fix =
-      status < 400
-        ? "redirects are not followed: set the backend's url to where it leads"
-        : "it does not accept the gateway: check this backend's apiKey";
-    const error = new GatewayError("upstream_error", `${said} (${fix})`, details);
-    return { fault: "misconfigured", error };
-  }
-  const context = `${type ?? ""} ${code ?? ""} ${words}`;
-  if (
-    (status === 400 || status === 422) &&
-    (code === "context_length_exceeded" || CONTEXT_WORDS.test(context))
-  ) {
-    const error = new GatewayError("context_length_exceeded", cited(words), details);
-    return { fault: "rejected", error };
-  }
-  const passed = { status, type: type ?? "invalid_request_error", code };
-  const error = new GatewayError("invalid_parameter", cited(words), { ...details, passed });
-  return { fault: "rejected", error };
-}

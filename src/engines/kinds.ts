@@ -1,19 +1,23 @@
 import type { Kind } from "../config.ts";
 import { demo } from "./demo.ts";
 import { openai, type Engine } from "./engine.ts";
+import { llamacpp } from "./llamacpp.ts";
+import { lmstudio } from "./lmstudio.ts";
 import { ollama } from "./ollama.ts";
+import { sglang } from "./sglang.ts";
+import { vllm } from "./vllm.ts";
 
-/** The engine of each kind. Those without a file of their own are served as plain OpenAI engines. */
 const ENGINES: Record<Kind, Engine> = {
   ollama,
   openai,
   demo,
-  llamacpp: { ...openai, kind: "llamacpp", slots: 4 },
-  vllm: { ...openai, kind: "vllm", slots: 64 },
-  lmstudio: { ...openai, kind: "lmstudio", slots: 4 },
-  sglang: { ...openai, kind: "sglang", slots: 64 },
+  llamacpp,
+  vllm,
+  lmstudio,
+  sglang,
 };
 
+/** The engine of a kind. */
 export function engineOf(kind: Kind): Engine {
   return ENGINES[kind];
 }

@@ -1,5 +1,16 @@
-import { isRecord, numberOf, textOf } from "../dialects/dialect.ts";
-import { ask, modelNamed, openai, type Engine, type ListedModel } from "./engine.ts";
+import { isRecord, numberOf, textOf, type Ability } from "../dialects/dialect.ts";
+import {
+  askAside,
+  countOf,
+  list,
+  modelNamed,
+  openai,
+  type Connection,
+  type Engine,
+  type ListedModel,
+} from "./engine.ts";
+
+type Fields = Record<string, unknown>;
 
 const PATHS = new Set([
   "/v1/chat/completions",
@@ -9,19 +20,102 @@ const PATHS = new Set([
   "/v1/responses",
 ]);
 
-function listed(item: unknown): ListedModel[] {
-  if (!isRecord(item)) return [];
+/** What it leaves out without a word, or refuses in the words of its parser. */
+const CANNOT: Partial<Record<Ability, string>> = {
+  n: "gives one choice per request: leave it out, or ask several times",
+  best_of: "makes one answer and cannot choose among several: leave it out",
+  echo: "does not repeat the prompt: leave it out",
+  logit_bias: "has no such bias: leave it out",
+  tool_choice: 'lets the model choose its tools: leave it out, or say "auto"',
+  prompt_list: "takes one prompt, as a string: send each in a request of its own, as text",
+  token_input: "takes text and no token ids: send strings",
+  image_url: "fetches no images: send them as base64 data",
+  stored_response: "keeps no responses: send the whole conversation",
+};
+
+/** What `/api/show` knows of a model and older versions do not list. */
+interface Shown {
+  contextLength: number | null;
+  capabilities: string[] | null;
+}
+
+/** By digest, under which nothing ever changes. */
+const shown = new Map<string, Shown>();
+const MOST_SHOWN = 1000;
+/** In one round: a machine full of models is learned over several. */
+const SHOWN_PER_ROUND = 5;
+
+function wordsOf(value: unknown): string[] | null {
+  return Array.isArray(value) ? value.map(String) : null;
+}
+
+async function show(connection: Connection, item: Fields, digest: string, signal: AbortSignal) {
+  const question = { model: item["name"] ?? item["model"] };
+  const told = await askAside(connection, "/api/show", signal, question);
+  if (signal.aborted) return;
+  const info = isRecord(told?.["model_info"]) ? told["model_info"] : {};
+  const architecture = textOf(info["general.architecture"]) ?? "";
+  const [oldest] = shown.keys();
+  if (shown.size >= MOST_SHOWN && oldest !== undefined) shown.delete(oldest);
+  shown.set(digest, {
+    contextLength: countOf(info[`${architecture}.context_length`]),
+    capabilities: wordsOf(told?.["capabilities"]),
+  });
+}
+
+function detailsOf(item: Fields): Fields {
+  return isRecord(item["details"]) ? item["details"] : {};
+}
+
+/** Answered by ollama.com: it says so, or its tag does. */
+function isRemote(item: Fields, name: string): boolean {
+  return !!item["remote_host"] || !!item["remote_model"] || /:(?:.*-)?cloud$/.test(name);
+}
+
+/** Asks once per digest for what the list lacks, and never for a model of another machine. */
+async function showMissing(connection: Connection, items: Fields[], signal: AbortSignal) {
+  const missing = new Map<string, Fields>();
+  for (const item of items) {
+    const digest = textOf(item["digest"]);
+    const told = Array.isArray(item["capabilities"]) && countOf(detailsOf(item)["context_length"]);
+    if (digest === null || digest === "" || told || shown.has(digest)) continue;
+    if (!isRemote(item, textOf(item["name"]) ?? "")) missing.set(digest, item);
+  }
+  const asked = [...missing].slice(0, SHOWN_PER_ROUND);
+  await Promise.all(asked.map(([digest, item]) => show(connection, item, digest, signal)));
+}
+
+/**
+ * @param item of `/api/tags`
+ * @param running the items of `/api/ps`, null when it did not answer
+ */
+function listed(item: Fields, running: Fields[] | null): ListedModel[] {
   const name = textOf(item["name"]) ?? textOf(item["model"]);
   if (name === null || name === "") return [];
-  const details = isRecord(item["details"]) ? item["details"] : {};
-  const capabilities = Array.isArray(item["capabilities"]) ? item["capabilities"].map(String) : [];
+  const digest = textOf(item["digest"]);
+  // A copy under another name is the same runner, listed under the name that came first.
+  const loaded =
+    running?.find((each) => each["name"] === name) ??
+    running?.find((each) => digest !== null && each["digest"] === digest);
+  const more = shown.get(digest ?? "");
   const modified = Date.parse(textOf(item["modified_at"]) ?? "");
+  const remote = isRemote(item, name);
   return [
     modelNamed(name, {
-      digest: textOf(item["digest"]),
-      contextLength: numberOf(details["context_length"]),
-      capabilities,
+      digest,
+      contextLength:
+        countOf(loaded?.["context_length"]) ??
+        countOf(detailsOf(item)["context_length"]) ??
+        more?.contextLength ??
+        null,
+      // The list calls some models completers that are none; who was asked knows better.
+      capabilities: more?.capabilities ?? wordsOf(item["capabilities"]) ?? [],
       createdAt: Number.isNaN(modified) ? null : Math.floor(modified / 1000),
+      residency: running === null || loaded !== undefined || remote ? "loaded" : "cold",
+      sizeBytes: countOf(loaded?.["size"]) ?? countOf(item["size"]),
+      // 0 is an answer: all of it is in main memory.
+      vramBytes: numberOf(loaded?.["size_vram"]),
+      remote,
     }),
   ];
 }
@@ -32,6 +126,7 @@ export const ollama: Engine = {
   // OLLAMA_NUM_PARALLEL is 1 by default and no endpoint tells it.
   slots: 1,
   speaks: (path) => PATHS.has(path),
+  cannot: ({ what }) => CANNOT[what] ?? null,
   adapt(body, keys) {
     // Ollama ignores `max_completion_tokens`, and an output without a limit never ends.
     const limit = keys.find((key) => key.name === "max_completion_tokens");
@@ -39,10 +134,13 @@ export const ollama: Engine = {
     return new Map([["max_tokens", body.subarray(limit.value.start, limit.value.end)]]);
   },
   async look(connection, signal) {
-    const { status, body } = await ask(connection, "/api/tags", signal);
-    if (status !== 200) throw new Error(`HTTP ${status} at /api/tags`);
-    if (!isRecord(body) || !("models" in body)) throw new Error("no model list at /api/tags");
-    const items = Array.isArray(body["models"]) ? body["models"] : [];
-    return { loading: false, models: items.flatMap(listed) };
+    const [{ loading, items }, ps] = await Promise.all([
+      list(connection, "/api/tags", "models", signal),
+      askAside(connection, "/api/ps", signal),
+    ]);
+    await showMissing(connection, items, signal);
+    const loaded = ps?.["models"];
+    const running = Array.isArray(loaded) ? loaded.filter(isRecord) : null;
+    return { loading, models: items.flatMap((item) => listed(item, running)) };
   },
 };

@@ -40,7 +40,7 @@ class House {
   constructor(models: Record<string, string[]>, more: Partial<Backend> = {}) {
     const config = schema.parse({ queue: { maxWaitMs: 5000, maxLength: 2 } });
     const now = () => this.now;
-    this.fleet = new Fleet({ now, maxLength: 2, upstreamLimit: Infinity, apiKeys: new Map() });
+    this.fleet = new Fleet({ now, maxLength: 2, upstreamLimit: Infinity, apiKeyOf: () => null });
     this.snapshot = snapshotOf(models, more);
     this.fleet.apply(this.snapshot);
     this.plane = {

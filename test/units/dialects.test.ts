@@ -587,6 +587,7 @@ describe("the view of a request", () => {
       model: "m",
       stream: false,
       includeUsage: false,
+      wants: [],
       sampling: { maxTokens: undefined, temperature: undefined, topP: undefined, seed: undefined },
     });
     const full = readView({
@@ -634,6 +635,125 @@ describe("the view of a request", () => {
     }
     for (const endpoint of [chatCompletions, completions, messages, responses]) {
       assert.equal(endpoint.view({ model: "m", stream: true }).stream, true, endpoint.path);
+    }
+  });
+});
+
+describe("what a request wants that not every engine does", () => {
+  const wants = (endpoint: Endpoint, body: Chunk) =>
+    endpoint.view({ model: "m", ...body }).wants.map(({ what, param }) => `${what} in ${param}`);
+  const tools = [{ type: "function", function: { name: "f" } }];
+  const named = { type: "function", function: { name: "f" } };
+  const says = (...content: unknown[]) => [
+    { role: "system", content: "see http://host/x.png" },
+    { role: "user", content },
+  ];
+  const REMOTE = "http://host/x.png";
+  const INLINE = "data:image/png;base64,iVBORw0KGgo=";
+
+  it("is nothing for what every engine does, or may leave out without harm", () => {
+    const harmless: Chunk = {
+      n: 1,
+      best_of: 1,
+      echo: false,
+      logit_bias: {},
+      tool_choice: "auto",
+      tools,
+      user: "u",
+      metadata: { a: 1 },
+      store: true,
+      parallel_tool_calls: false,
+      prompt: "http://host/x.png",
+      input: "text",
+      previous_response_id: null,
+      messages: says(
+        { type: "text", text: REMOTE },
+        { type: "image_url", image_url: { url: INLINE } },
+      ),
+    };
+    for (const endpoint of [
+      chatCompletions,
+      completions,
+      embeddings,
+      rerank,
+      messages,
+      responses,
+    ]) {
+      assert.deepEqual(wants(endpoint, harmless), [], endpoint.path);
+    }
+    for (const body of [
+      { tool_choice: "none" },
+      { tool_choice: "none", tools: [] },
+      { tool_choice: null, tools },
+      { logit_bias: null },
+      { n: null },
+    ]) {
+      assert.deepEqual(wants(chatCompletions, body), [], JSON.stringify(body));
+    }
+    assert.deepEqual(wants(messages, { tool_choice: { type: "auto" }, tools }), []);
+    assert.deepEqual(wants(embeddings, { input: ["a", "b"] }), []);
+    assert.deepEqual(wants(countTokens, { messages: says({ source: { url: REMOTE } }) }), []);
+  });
+
+  const asked: [Endpoint, Chunk, string][] = [
+    [chatCompletions, { n: 2 }, "n in n"],
+    [completions, { n: 2 }, "n in n"],
+    [completions, { best_of: 3 }, "best_of in best_of"],
+    [completions, { echo: true }, "echo in echo"],
+    [chatCompletions, { logit_bias: { "50256": -100 } }, "logit_bias in logit_bias"],
+    [completions, { logit_bias: { "50256": -100 } }, "logit_bias in logit_bias"],
+    [chatCompletions, { tool_choice: "required" }, "tool_choice in tool_choice"],
+    [chatCompletions, { tool_choice: "none", tools }, "tool_choice in tool_choice"],
+    [chatCompletions, { tool_choice: named, tools }, "tool_choice in tool_choice"],
+    [messages, { tool_choice: { type: "any" } }, "tool_choice in tool_choice"],
+    [messages, { tool_choice: { type: "tool", name: "f" } }, "tool_choice in tool_choice"],
+    [responses, { tool_choice: { type: "function", name: "f" } }, "tool_choice in tool_choice"],
+    [completions, { prompt: ["a"] }, "prompt_list in prompt"],
+    [completions, { prompt: [1, 2] }, "prompt_list in prompt"],
+    [embeddings, { input: [1, 2] }, "token_input in input"],
+    [embeddings, { input: [[1], [2]] }, "token_input in input"],
+    [
+      chatCompletions,
+      { messages: says({ type: "image_url", image_url: { url: REMOTE } }) },
+      "image_url in messages",
+    ],
+    [
+      chatCompletions,
+      { messages: says({ type: "image_url", image_url: "HTTPS://host/x.png" }) },
+      "image_url in messages",
+    ],
+    [
+      messages,
+      { messages: says({ type: "image", source: { type: "url", url: REMOTE } }) },
+      "image_url in messages",
+    ],
+    [responses, { input: says({ type: "input_image", image_url: REMOTE }) }, "image_url in input"],
+    [responses, { previous_response_id: "resp_1" }, "stored_response in previous_response_id"],
+  ];
+  for (const [endpoint, body, want] of asked) {
+    it(`${endpoint.path}: ${JSON.stringify(body).slice(0, 60)}`, () => {
+      assert.deepEqual(wants(endpoint, body), [want]);
+      for (const key of Object.keys(body)) {
+        assert(endpoint.keys.includes(key), `${key} twice would mean two things`);
+      }
+    });
+  }
+
+  it("is all of it, each once", () => {
+    const body = { n: 3, logit_bias: { 1: 1 }, tool_choice: "required", tools };
+    assert.deepEqual(wants(chatCompletions, body), [
+      "n in n",
+      "logit_bias in logit_bias",
+      "tool_choice in tool_choice",
+    ]);
+  });
+
+  it("is not broken by what is odd", () => {
+    for (const odd of [null, 7, "x", [], [null], [[]], {}, [{ content: [null, 7, {}] }], true]) {
+      const body = { n: odd, logit_bias: 7, tool_choice: odd, messages: odd, echo: odd };
+      assert.doesNotThrow(() => wants(chatCompletions, body), JSON.stringify(odd));
+      assert.doesNotThrow(() => wants(responses, { input: odd, tools: odd }));
+      assert.doesNotThrow(() => wants(messages, { messages: odd, tool_choice: odd }));
     }
   });
 });

@@ -6,7 +6,8 @@ import type { Fault } from "../../src/core/outcome.ts";
 import { messages } from "../../src/dialects/anthropic.ts";
 import type { Endpoint } from "../../src/dialects/dialect.ts";
 import { chatCompletions, embeddings, rerank, responses } from "../../src/dialects/openai.ts";
-import { readRefusal } from "../../src/engines/engine.ts";
+import { engineOf } from "../../src/engines/kinds.ts";
+import { readDenial, readRefusal } from "../../src/engines/refusal.ts";
 
 interface Refused {
   kind: Kind;
@@ -19,7 +20,7 @@ interface Refused {
 
 function read({ kind, status, body, headers = {}, endpoint = chatCompletions }: Refused) {
   const text = typeof body === "string" ? body : JSON.stringify(body);
-  return readRefusal(kind, "box", endpoint, status, new Headers(headers), text);
+  return readRefusal(engineOf(kind), "box", endpoint, status, new Headers(headers), text);
 }
 
 interface Expected {
@@ -69,6 +70,8 @@ const envelope = (message: string, type: string, code: unknown = null, param: un
   error: { message, type, param, code },
 });
 
+const llamacpp500 = (message: string) => ({ error: { code: 500, message, type: "server_error" } });
+
 const LOADING = envelope("Loading model", "unavailable_error", 503);
 const OLLAMA_BUSY = "server busy, please try again.  maximum pending requests exceeded";
 const VLLM_BUSY =
@@ -99,7 +102,45 @@ const cases: [what: string, refused: Refused, expected: Expected][] = [
   [
     "Ollama: unknown path, plain text",
     { kind: "ollama", status: 404, body: "404 page not found\n" },
-    rejected(404, /^404 page not found$/),
+    unsupported(/404 page not found/),
+  ],
+  [
+    "Ollama: what its runner said, in the runner's envelope",
+    {
+      kind: "ollama",
+      status: 400,
+      body: envelope(
+        '{"error":{"code":400,"message":"Multimodal data provided, but model does not support multimodal requests.","type":"invalid_request_error"}}',
+        "invalid_request_error",
+      ),
+    },
+    rejected(400, /^Multimodal data provided, but model does not support multimodal requests\.$/),
+  ],
+  [
+    "Ollama: its runner's context is too short",
+    {
+      kind: "ollama",
+      status: 400,
+      body: envelope(
+        '{"error":{"code":400,"message":"too much","type":"exceed_context_size_error"}}',
+        "invalid_request_error",
+      ),
+    },
+    tooLong(/^too much$/),
+  ],
+  [
+    "Ollama: an embedding model cannot chat, in Anthropic's envelope",
+    {
+      kind: "ollama",
+      status: 400,
+      endpoint: messages,
+      body: {
+        type: "error",
+        error: { type: "invalid_request_error", message: '"minilm" does not support chat' },
+        request_id: "req_e9fcb65d6f1bfd0ed41bf8a3",
+      },
+    },
+    rejected(400, /^"minilm" does not support chat$/),
   ],
   [
     "Ollama: foreign Host, an empty 403",
@@ -209,12 +250,61 @@ const cases: [what: string, refused: Refused, expected: Expected][] = [
   ],
   [
     "llama.cpp: 500",
+    { kind: "llamacpp", status: 500, body: llamacpp500("Compute error.") },
+    broken(/Compute error\./),
+  ],
+  [
+    "llama.cpp: an input to embed that is too long is its 500",
     {
       kind: "llamacpp",
       status: 500,
-      body: { error: { code: 500, message: "input is too large", type: "server_error" } },
+      endpoint: embeddings,
+      body: llamacpp500(
+        "input (1502 tokens) is too large to process. increase the physical batch size (current batch size: 512)",
+      ),
     },
-    broken(/input is too large/),
+    tooLong(/^input \(1502 tokens\) is too large/),
+  ],
+  [
+    "llama.cpp: a chat with an embedding model is its 500",
+    {
+      kind: "llamacpp",
+      status: 500,
+      body: llamacpp500("the current context does not support logits computation. skipping"),
+    },
+    unsupported(/does not do \/v1\/chat\/completions.*logits computation/),
+  ],
+  [
+    "llama.cpp: an image for a model that cannot see is its 500",
+    {
+      kind: "llamacpp",
+      status: 500,
+      body: llamacpp500(
+        "image input is not supported - hint: if this is unexpected, you may need to provide the mmproj",
+      ),
+    },
+    { ...rejected(400, /"box".*image input is not supported/), code: "unsupported_parameter" },
+  ],
+  [
+    "llama.cpp: an older one lacks a path",
+    {
+      kind: "llamacpp",
+      status: 404,
+      endpoint: responses,
+      body: { error: { message: "File Not Found", type: "not_found_error", code: 404 } },
+    },
+    unsupported(/does not do \/v1\/responses.*File Not Found/),
+  ],
+  [
+    "llama.cpp router: a model that it does not load by itself",
+    {
+      kind: "llamacpp",
+      status: 400,
+      body: {
+        error: { code: 400, message: "model is not loaded", type: "invalid_request_error" },
+      },
+    },
+    misconfigured(/model is not loaded \(it does not load models by itself: load this one there/),
   ],
   [
     "llama.cpp router: unknown model is a 400",
@@ -271,7 +361,48 @@ const cases: [what: string, refused: Refused, expected: Expected][] = [
   [
     "vLLM: unknown route is FastAPI's detail",
     { kind: "vllm", status: 404, endpoint: embeddings, body: { detail: "Not Found" } },
-    rejected(404, /^Not Found$/),
+    unsupported(/does not do \/v1\/embeddings.*Not Found/),
+  ],
+  [
+    "vLLM: a chat with a model that embeds, older versions",
+    {
+      kind: "vllm",
+      status: 400,
+      body: envelope("The model does not support Chat Completions API", "BadRequestError", 400),
+    },
+    unsupported(/does not support Chat Completions API/),
+  ],
+  [
+    "SGLang: unknown route is FastAPI's detail",
+    { kind: "sglang", status: 404, endpoint: rerank, body: { detail: "Not Found" } },
+    unsupported(/does not do \/v1\/rerank/),
+  ],
+  [
+    "SGLang: embeddings of a chat model, flat",
+    {
+      kind: "sglang",
+      status: 400,
+      endpoint: embeddings,
+      body: {
+        object: "error",
+        message:
+          "This model does not appear to be an embedding model by default. Please add `--is-embedding` when launching the server or try another model.",
+        type: "BadRequestError",
+        param: null,
+        code: 400,
+      },
+    },
+    unsupported(/does not do \/v1\/embeddings/),
+  ],
+  [
+    "vLLM: a response that it does not keep is no path that it lacks",
+    {
+      kind: "vllm",
+      status: 404,
+      endpoint: responses,
+      body: envelope("Response with id 'resp_1' not found.", "invalid_request_error", 404),
+    },
+    rejected(404, /^Response with id 'resp_1' not found\.$/),
   ],
   [
     "vLLM: engine full, without Retry-After",
@@ -334,12 +465,25 @@ const cases: [what: string, refused: Refused, expected: Expected][] = [
       status: 422,
       body: { error: "Input validation error: `stop` must be an array", error_type: "validation" },
     },
-    rejected(422, /`stop` must be an array/),
+    rejected(422, /`stop` must be an array/, "validation"),
+  ],
+  [
+    "TGI: context overflow",
+    {
+      kind: "openai",
+      status: 422,
+      body: {
+        error:
+          "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096. Given: 17 `inputs` tokens and 10000 `max_new_tokens`",
+        error_type: "validation",
+      },
+    },
+    tooLong(/must be <= 4096/),
   ],
   [
     "TGI: generation failed",
     { kind: "openai", status: 424, body: { error: "Generation failed", error_type: "generation" } },
-    rejected(424, /^Generation failed$/),
+    rejected(424, /^Generation failed$/, "generation"),
   ],
   [
     "TGI: 401 with an empty body",
@@ -429,18 +573,38 @@ describe("readRefusal", () => {
     assert.equal(after({}), 1000);
   });
 
-  it("is the path's fault on the newer routes of a plain engine, and only there", () => {
-    const missing = (kind: Kind, endpoint: Endpoint, body: object | string = "Not Found") =>
+  it("is the path's fault on the newer routes, or in the words of a router anywhere", () => {
+    const missing = (kind: Kind, endpoint: Endpoint, body: object | string) =>
       read({ kind, status: 404, endpoint, body }).fault;
-    for (const endpoint of [messages, responses, rerank]) {
-      assert.equal(missing("openai", endpoint), "unsupported", endpoint.path);
-      assert.equal(missing("vllm", endpoint), "rejected", endpoint.path);
+    for (const kind of ["openai", "vllm", "ollama"] as const) {
+      for (const endpoint of [messages, responses, rerank]) {
+        assert.equal(missing(kind, endpoint, "no such thing"), "unsupported", endpoint.path);
+      }
+      for (const endpoint of [chatCompletions, embeddings]) {
+        assert.equal(missing(kind, endpoint, "no such thing"), "rejected", endpoint.path);
+        assert.equal(missing(kind, endpoint, "Not Found"), "unsupported", endpoint.path);
+      }
+      const unknown = envelope("The model `x` does not exist.", "NotFoundError", 404);
+      assert.equal(missing(kind, messages, unknown), "rejected", "the model was not found");
     }
-    for (const endpoint of [chatCompletions, embeddings]) {
-      assert.equal(missing("openai", endpoint), "rejected", endpoint.path);
+  });
+
+  it("tells a path that LM Studio lacks from an answer, though both are a 200", () => {
+    const denial = (kind: Kind, body: unknown) =>
+      readDenial(engineOf(kind), "box", messages, JSON.stringify(body));
+    const body = { error: "Unexpected endpoint or method. (POST /v1/messages)" };
+    for (const kind of ["lmstudio", "openai"] as const) {
+      const { fault, error } = denial(kind, body) ?? assert.fail();
+      assert.deepEqual(
+        [fault, error.status, error.code],
+        ["unsupported", 501, "unsupported_endpoint"],
+      );
+      assert.match(error.message, /\/v1\/messages.*"box".*Unexpected endpoint/);
+      assert.equal(error.detail, "HTTP 200");
     }
-    const unknown = envelope("The model `x` does not exist.", "NotFoundError", 404);
-    assert.equal(missing("openai", messages, unknown), "rejected", "the model was not found");
+    for (const other of [{ error: "crashed" }, { error: { message: "x" } }, {}, [], "x", null]) {
+      assert.equal(denial("lmstudio", other), null, JSON.stringify(other));
+    }
   });
 
   it("names the backend and the status in a fault of the backend", () => {
@@ -477,6 +641,16 @@ describe("readRefusal", () => {
     const detail = read({ kind: "vllm", status: 400, body }).error.detail ?? "";
     assert(!detail.includes("secret"), detail);
     assert.match(detail, /HTTP 400 BadRequestError/);
+  });
+
+  it("keeps it out of the log, too, where the engine blames itself for the request", () => {
+    for (const words of [
+      "the secret prompt is too large to process",
+      "secret input is not supported",
+    ]) {
+      const detail = read({ kind: "llamacpp", status: 500, body: llamacpp500(words) }).error.detail;
+      assert.equal(detail, "HTTP 500 server_error");
+    }
   });
 
   it("puts into the log what a broken engine said, bounded", () => {

@@ -1,0 +1,120 @@
+import type { Residency } from "../core/snapshot.ts";
+import { isRecord, textOf } from "../dialects/dialect.ts";
+import {
+  askAside,
+  countOf,
+  fromCard,
+  list,
+  openai,
+  type Connection,
+  type Engine,
+  type ListedModel,
+} from "./engine.ts";
+
+type Fields = Record<string, unknown>;
+
+function fieldsOf(value: unknown): Fields {
+  return isRecord(value) ? value : {};
+}
+
+/** WordPiece, the vocabulary of BERT: such a model embeds and cannot generate. */
+const WORD_PIECE = 3;
+
+/** It calls every model a completer, so that is taken back where something else says otherwise. */
+function capabilitiesOf(card: Fields, props: Fields, args: readonly unknown[]): string[] {
+  const embeds = fieldsOf(card["meta"])["vocab_type"] === WORD_PIECE;
+  if (embeds || args.includes("--embedding") || args.includes("--embeddings")) return ["embedding"];
+  const inputs = fieldsOf(card["architecture"])["input_modalities"];
+  const sees =
+    fieldsOf(props["modalities"])["vision"] === true ||
+    (Array.isArray(inputs) && inputs.includes("image"));
+  const capabilities = sees ? ["completion", "vision"] : ["completion"];
+  if (fieldsOf(props["chat_template_caps"])["supports_tools"] === true) capabilities.push("tools");
+  return capabilities;
+}
+
+/** The number after `--name` in the arguments a router starts a model with. */
+function argument(args: readonly unknown[], name: string): number | null {
+  const at = args.indexOf(name);
+  return at < 0 ? null : countOf(Number(args[at + 1]));
+}
+
+/** Of one slot: what the loaded model says, else what its arguments make of it. */
+function contextOf(listed: ListedModel, props: Fields, args: readonly unknown[]): number | null {
+  const told =
+    listed.contextLength ?? countOf(fieldsOf(props["default_generation_settings"])["n_ctx"]);
+  const whole = argument(args, "--ctx-size");
+  const parts = argument(args, "--parallel");
+  if (told !== null || whole === null || parts === null) return told;
+  return args.includes("--kv-unified") ? whole : Math.floor(whole / parts);
+}
+
+/** One card is as many models as it has names. */
+function named(card: Fields, residency: Residency, props: Fields): ListedModel[] {
+  const told = fieldsOf(card["status"])["args"];
+  const args: unknown[] = Array.isArray(told) ? told : [];
+  const aliases = Array.isArray(card["aliases"]) ? card["aliases"] : [];
+  return fromCard(card).flatMap((listed) => {
+    const model = {
+      ...listed,
+      residency,
+      capabilities: capabilitiesOf(card, props, args),
+      contextLength: contextOf(listed, props, args),
+      slots: countOf(props["total_slots"]) ?? argument(args, "--parallel"),
+      sizeBytes: countOf(fieldsOf(card["meta"])["size"]),
+    };
+    const names = new Set([listed.name, ...aliases.filter((alias) => textOf(alias))].map(String));
+    return [...names].map((name) => ({ ...model, name }));
+  });
+}
+
+/** A sleeping or downloading model is not in memory either. */
+function residencyOf(status: string): Residency {
+  return status === "loaded" || status === "loading" ? status : "cold";
+}
+
+/** A model of a router. Only the loaded ones are asked further, and in a way that loads nothing. */
+async function routed(
+  connection: Connection,
+  card: Fields,
+  status: string,
+  signal: AbortSignal,
+): Promise<ListedModel[]> {
+  const residency = residencyOf(status);
+  const name = encodeURIComponent(textOf(card["id"]) ?? "");
+  const path = `/props?model=${name}&autoload=false`;
+  const props = residency === "loaded" ? await askAside(connection, path, signal) : null;
+  return named(card, residency, props ?? {});
+}
+
+export const llamacpp: Engine = {
+  ...openai,
+  kind: "llamacpp",
+  slots: 4,
+  // Never `/slots`: it wakes a sleeping model.
+  async look(connection, signal) {
+    const [{ loading, items }, told] = await Promise.all([
+      list(connection, "/v1/models", "data", signal),
+      askAside(connection, "/props", signal),
+    ]);
+    const props = told ?? {};
+    const models = await Promise.all(
+      items.map(async (card) => {
+        // Only a router's cards have a status.
+        const status = textOf(fieldsOf(card["status"])["value"]);
+        if (status !== null) return await routed(connection, card, status, signal);
+        return named(card, props["is_sleeping"] === true ? "cold" : "loaded", props);
+      }),
+    );
+    return { loading, models: models.flat() };
+  },
+  meaning(said) {
+    const { status, words } = said;
+    // It blames itself for these three; the fault is the request's.
+    if (status === 500 && /too large to process/i.test(words)) return "too_long";
+    if (status === 500 && /does not support logits/i.test(words)) return "unsupported";
+    if (status === 500 && /\b\w+ input is not supported/i.test(words)) return "unsupported_input";
+    if (status === 400 && /^model is not loaded/i.test(words)) return "not_loaded";
+    return openai.meaning(said);
+  },
+};
