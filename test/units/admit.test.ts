@@ -28,6 +28,14 @@ function snapshotOf(models: Record<string, string[]>, more: Partial<Backend> = {
   );
 }
 
+function withKinds(snapshot: Snapshot, kinds: Record<string, string>): Snapshot {
+  const backends = snapshot.backends.map((each) => ({
+    ...each,
+    kind: kinds[each.id] ?? each.kind,
+  }));
+  return { ...snapshot, backends };
+}
+
 /** Everything around a request but the request: one slot per model and backend, a clock of its own. */
 class House {
   now = 1000;
@@ -263,6 +271,68 @@ describe("admit", () => {
     const house = new House({ m: ["a"] });
     const error = await refusal(house.admit(house.request("m", {}, rerank)));
     assert.deepEqual([error.code, error.status], ["unsupported_endpoint", 501]);
+  });
+
+  describe("of what not every engine can do", () => {
+    const several = (house: House, body: object = { n: 2 }, endpoint = chatCompletions) => {
+      const exchange = house.request("m", {}, endpoint);
+      exchange.view = endpoint.view({ model: "m", ...body });
+      return exchange;
+    };
+
+    it("says which parameter it is, which engine, and what to do", async () => {
+      const house = new House({ m: ["a", "b"] });
+      const error = await refusal(house.admit(several(house)));
+      assert.deepEqual(
+        [error.code, error.status, error.param],
+        ["unsupported_parameter", 400, "n"],
+      );
+      assert.match(error.message, /"m".*\bn\b.*ollama.*leave it out/);
+      assert.deepEqual(house.usage, [0, 0]);
+    });
+
+    it("goes where it can be done, and waits there while others are idle", async () => {
+      const house = new House({ m: ["a", "b"] });
+      house.snapshot = withKinds(house.snapshot, { b: "vllm" });
+      house.fleet.apply(house.snapshot);
+      const first = await house.admit(several(house));
+      assert.equal(first.target.backend, "b");
+      const waits = house.admit(several(house));
+      await settle();
+      assert.deepEqual(house.usage, [1, 1]);
+      const plain = await house.admit(house.request("m"));
+      assert.equal(plain.target.backend, "a");
+      plain.release("success");
+      await settle();
+      assert.deepEqual(house.usage, [1, 1], "an idle engine that cannot is no place to go");
+      first.release("success");
+      assert.equal((await soon(waits)).target.backend, "b");
+    });
+
+    it("is not retried where it cannot be done", async () => {
+      const house = new House({ m: ["a", "b"] });
+      house.snapshot = withKinds(house.snapshot, { b: "vllm" });
+      house.fleet.apply(house.snapshot);
+      const error = await refusal(house.admit(several(house), { tried: new Set(["b"]) }));
+      assert.equal(error.code, "no_backend_available");
+    });
+
+    it("speaks of the path first: a parameter matters only where the path is spoken", async () => {
+      const house = new House({ m: ["a"] });
+      const exchange = several(house, {}, rerank);
+      exchange.view = chatCompletions.view({ model: "m", n: 2 });
+      assert.equal((await refusal(house.admit(exchange))).code, "unsupported_endpoint");
+    });
+
+    it("chooses again among those that can when they change", async () => {
+      const house = new House({ m: ["a", "b"] });
+      house.snapshot = withKinds(house.snapshot, { b: "vllm" });
+      house.fleet.apply(house.snapshot);
+      await house.admit(several(house));
+      const waits = house.admit(several(house));
+      house.apply({ m: ["a"] });
+      assert.equal((await refusal(waits)).code, "unsupported_parameter");
+    });
   });
 
   it("sends one trial at a time where all are unhealthy, and refuses the others", async () => {
