@@ -61,7 +61,8 @@ function offersOf(wanted: Wanted, seen: Seen): Offer[] {
     const { name, upstream } = typeof each === "string" ? { name: each, upstream: each } : each;
     const there = upstream ?? name;
     const listed = seen.models.find((model) => model.name === there);
-    return { name, listed: listed ?? modelNamed(there, { residency: "cold" }) };
+    const remote = engineOf(seen.kind).isRemote(there);
+    return { name, listed: listed ?? modelNamed(there, { residency: "cold", remote }) };
   });
 }
 

@@ -25,11 +25,19 @@ export function waitingOf(exchange: Exchange): Waiting | null {
 /**
  * The model of that name in a snapshot.
  *
- * @throws GatewayError `model_not_found`
+ * @throws GatewayError `model_not_found`, `permission_denied`
  */
 export function findModel(snapshot: Snapshot, asked: string): Model {
   const resolution = resolve(snapshot, asked);
   if (resolution.found) return resolution.model;
+  if (snapshot.withheld.includes(asked)) {
+    throw new GatewayError(
+      "permission_denied",
+      `model ${quote(asked)} is answered by machines that are not yours, so it is not served: ` +
+        "set allowCloud: true on its backend to let prompts leave",
+      { param: "model" },
+    );
+  }
   const { suggestion } = resolution;
   const hint = suggestion === null ? "" : `; did you mean ${quote(suggestion)}?`;
   const count = snapshot.models.length;
@@ -43,7 +51,7 @@ export function findModel(snapshot: Snapshot, asked: string): Model {
 /**
  * The model a request means, in the exchange's snapshot.
  *
- * @throws GatewayError `model_not_found`, `unsupported_endpoint`, `unsupported_parameter`
+ * @throws GatewayError `model_not_found`, `permission_denied`, `unsupported_endpoint`, `unsupported_parameter`
  */
 export function resolveModel(exchange: Exchange, plane: Plane): Model {
   const model = findModel(exchange.snapshot, exchange.view?.model ?? "");
@@ -219,7 +227,10 @@ function reasons(exchange: Exchange, model: Model): string {
   const ids = new Set(model.targets.map((target) => target.backend));
   return exchange.snapshot.backends
     .filter(({ id }) => ids.has(id))
-    .map(({ id, health, reason }) => `${id} is ${health}${reason === "" ? "" : ` (${reason})`}`)
+    .map(({ id, drained, health, reason }) => {
+      if (drained) return `${id} is drained by hand`;
+      return `${id} is ${health}${reason === "" ? "" : ` (${reason})`}`;
+    })
     .join(", ");
 }
 

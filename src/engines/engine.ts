@@ -89,6 +89,8 @@ export interface Engine {
   speaks(path: string): boolean;
   /** Why it cannot do what a request wants, to be read after its kind; null when it can. */
   cannot(want: Want): string | null;
+  /** Would a model of that name be answered by machines elsewhere? */
+  isRemote(model: string): boolean;
   /** Further replacements in the request body, as JSON bytes. */
   adapt(body: Uint8Array, keys: Keys): Map<string, Uint8Array>;
   /** Sends one inference request. Rejects when there was no answer at all. */
@@ -260,6 +262,7 @@ export const openai: Engine = {
   slots: 32,
   speaks: () => true,
   cannot: () => null,
+  isRemote: () => false,
   adapt: () => new Map(),
   send: sendByFetch,
   look: lookAtModels,

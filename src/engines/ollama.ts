@@ -67,9 +67,13 @@ function detailsOf(item: Fields): Fields {
   return isRecord(item["details"]) ? item["details"] : {};
 }
 
-/** Answered by ollama.com: it says so, or its tag does. */
+/** Such tags are answered by ollama.com. */
+function hasCloudTag(name: string): boolean {
+  return /:(?:.*-)?cloud$/.test(name);
+}
+
 function isRemote(item: Fields, name: string): boolean {
-  return !!item["remote_host"] || !!item["remote_model"] || /:(?:.*-)?cloud$/.test(name);
+  return !!item["remote_host"] || !!item["remote_model"] || hasCloudTag(name);
 }
 
 /** Asks once per digest for what the list lacks, and never for a model of another machine. */
@@ -127,6 +131,7 @@ export const ollama: Engine = {
   slots: 1,
   speaks: (path) => PATHS.has(path),
   cannot: ({ what }) => CANNOT[what] ?? null,
+  isRemote: hasCloudTag,
   adapt(body, keys) {
     // Ollama ignores `max_completion_tokens`, and an output without a limit never ends.
     const limit = keys.find((key) => key.name === "max_completion_tokens");
