@@ -39,6 +39,11 @@ export type Fault =
       afterBytes?: number;
       by: "reset" | "fin" | "eof" | "silence";
     }
+  /**
+   * Fails after n tokens of a stream as its own kind does (wire §1.7): words, framing and end of that kind.
+   * A non-stream gets what the kind says then.
+   */
+  | { kind: "dies"; afterTokens: number }
   /** Ollama's swallowed error: a chunk with `model: ""`, then a clean EOF (real §5.1, wire §1.7). */
   | { kind: "swallowed"; afterTokens: number }
   /** Everything but the end marker; without a finish_reason too, where `finish` is false (wire §1.7). */
@@ -73,12 +78,25 @@ export interface Behaviour {
   /** Comments while silent, as llama.cpp sends every 30 s (wire §1.8); 0: none. */
   pingMs: number;
 
-  /** Generations at once: per model on Ollama, in all elsewhere. Further ones wait without headers (wire §1.4). */
+  /**
+   * Generations at once: per model where several can be loaded, in all elsewhere. Further ones wait without
+   * headers (wire §1.4). llama.cpp and LM Studio tell the number (wire §1.2).
+   */
   slots: number;
+  /** Beyond so many in the queue the kinds that can refuse do (vLLM counts those that run, real §5.3). */
+  maxQueued: number;
   /** Models resident at once; a request for another one swaps (wire §1.3). Infinity: all are, always. */
   maxLoaded: number;
   loadMs: number;
   loadFails: boolean;
+  /** The server is up and its model is not: llama.cpp's 503 on every route (real §5.2), SGLang's `/health`. */
+  loading: boolean;
+  /** The model has been put away while idle; the next task wakes it and sets this back (wire §1.3). */
+  sleeping: boolean;
+  /** What `--api-key` was; what it guards differs by kind (real §5.2). */
+  apiKey: string | null;
+  /** Tokens; a longer prompt is refused in the kind's own way, or cut by those that cut (real §5.1). */
+  contextLength: number | null;
   /** Requests that may wait for a load; beyond: 503 (wire §1.4). */
   maxQueue: number;
 
@@ -124,9 +142,14 @@ export const calm: Behaviour = {
   wholePauseMs: 0,
   pingMs: 0,
   slots: Number.POSITIVE_INFINITY,
+  maxQueued: Number.POSITIVE_INFINITY,
   maxLoaded: Number.POSITIVE_INFINITY,
   loadMs: 0,
   loadFails: false,
+  loading: false,
+  sleeping: false,
+  apiKey: null,
+  contextLength: null,
   maxQueue: 512,
   lineEnd: "\n",
   pings: "none",
@@ -271,11 +294,3 @@ export const faults = {
   /** real §5.1: Ollama's runner was killed. */
   ollamaSwallowed: (afterTokens: number): Fault => ({ kind: "swallowed", afterTokens }),
 } satisfies Record<string, Fault | ((...parameters: never[]) => Fault)>;
-
-/** vLLM's words when its engine dies mid-stream (wire §1.7); numeric code as there. */
-export const engineDied = {
-  message: "EngineCore encountered an issue. See stack trace (above) for the root cause.",
-  type: "InternalServerError",
-  param: null,
-  code: 500,
-};

@@ -1,41 +1,30 @@
-/** What only Ollama has: its native routes, models that come and go, names with tags. */
-import type { Behaviour } from "./engine-behaviour.ts";
-import type { Job, Shape } from "./engine-shapes.ts";
-import { join } from "./engine-shapes.ts";
+/** Ollama: native routes, models that come and go, names with tags (real §5.1). */
+import type { Call, Handler, ModelInfo } from "./engine-call.ts";
+import { digestOf, isEmbedding, isFilled } from "./engine-call.ts";
+import { nativeShape } from "./engine-ollama-native.ts";
+import type { About, Profile, Refused } from "./engine-profile.ts";
+import { refuse } from "./engine-profile.ts";
+import type { Dialect } from "./engine-routes.ts";
+import {
+  chat,
+  completions,
+  embedAs,
+  generate,
+  messages,
+  modelOf,
+  reads,
+  responses,
+} from "./engine-routes.ts";
+import type { Style } from "./engine-shapes.ts";
+import { sendBody } from "./engine-stream.ts";
+import { plainStyle } from "./engine-style.ts";
 
-export interface ModelInfo {
-  name: string;
-  digest?: string;
-  size?: number;
-  /** Less than `size`: spilled to the CPU; 0 on a machine without GPU (real §5.1). */
-  sizeVram?: number;
-  contextLength?: number;
-  capabilities?: string[];
-  remoteHost?: string;
-}
-
-export interface LoadRecord {
-  model: string;
-  startedAt: number;
-  endedAt: number | null;
-  result: "loading" | "loaded" | "aborted" | "failed";
-}
+const MODIFIED = "2026-08-01T12:00:00.123456789Z";
+const SIZE = 4_661_224_676;
 
 /** Ollama completes a bare name with `:latest`, nothing else (wire §1.2). */
-export function withTag(name: string): string {
+function withTag(name: string): string {
   return name.includes(":") ? name : `${name}:latest`;
-}
-
-export function isEmbedding(info: ModelInfo): boolean {
-  return (info.capabilities ?? [/embed|minilm/.test(info.name) ? "embedding" : ""]).includes(
-    "embedding",
-  );
-}
-
-function digestOf(info: ModelInfo): string {
-  let hash = 0x811c9dc5;
-  for (const char of info.name) hash = Math.imul(hash ^ char.charCodeAt(0), 0x01000193);
-  return info.digest ?? (hash >>> 0).toString(16).padStart(8, "0").repeat(8);
 }
 
 function details(info: ModelInfo): Record<string, unknown> {
@@ -50,57 +39,43 @@ function details(info: ModelInfo): Record<string, unknown> {
   };
 }
 
-export function tags(models: ModelInfo[]): unknown {
-  return {
-    models: models.map((info) => ({
-      name: info.name,
-      model: info.name,
-      modified_at: "2026-08-01T12:00:00.123456789Z",
-      size: info.size ?? 4_661_224_676,
-      digest: digestOf(info),
-      details: details(info),
-      capabilities: info.capabilities ?? [isEmbedding(info) ? "embedding" : "completion"],
-      ...(info.remoteHost === undefined
-        ? {}
-        : { remote_model: info.name, remote_host: info.remoteHost }),
-    })),
-  };
+function capabilities(info: ModelInfo): string[] {
+  return info.capabilities ?? [isEmbedding(info) ? "embedding" : "completion"];
 }
 
-/** Only what is loaded: a model that is loading does not show (real §5.1). */
-export function ps(models: ModelInfo[], residency: Residency): unknown {
+function tag(info: ModelInfo): Record<string, unknown> {
+  const remote = { remote_model: info.name, remote_host: info.remoteHost };
   return {
-    models: models
-      .filter((info) => residency.isLoaded(info.name))
-      .map((info) => ({
-        name: info.name,
-        model: info.name,
-        size: info.size ?? 4_661_224_676,
-        digest: digestOf(info),
-        details: details(info),
-        expires_at: "2318-12-01T00:00:00Z",
-        size_vram: info.sizeVram ?? info.size ?? 4_661_224_676,
-        context_length: info.contextLength ?? 8192,
-      })),
-  };
-}
-
-export function show(info: ModelInfo): unknown {
-  return {
-    modelfile: `FROM ${info.name}`,
+    name: info.name,
+    model: info.name,
+    modified_at: MODIFIED,
+    size: info.size ?? SIZE,
+    digest: digestOf(info),
     details: details(info),
-    model_info: {
-      "general.architecture": "llama",
-      "llama.context_length": info.contextLength ?? 8192,
-      "llama.embedding_length": 4,
-    },
-    capabilities: info.capabilities ?? [isEmbedding(info) ? "embedding" : "completion"],
-    modified_at: "2026-08-01T12:00:00.123456789Z",
+    capabilities: capabilities(info),
+    ...(info.remoteHost === undefined ? {} : remote),
   };
+}
+
+function resident(info: ModelInfo): Record<string, unknown> {
+  return {
+    name: info.name,
+    model: info.name,
+    size: info.size ?? SIZE,
+    digest: digestOf(info),
+    details: details(info),
+    expires_at: "2318-12-01T00:00:00Z",
+    size_vram: info.sizeVram ?? info.size ?? SIZE,
+    context_length: info.contextLength ?? 8192,
+  };
+}
+
+function card(id: string): unknown {
+  return { id, object: "model", created: 1_754_049_600, owned_by: "library" };
 }
 
 /** Names and origins that a loopback Ollama lets in; all others get an empty 403 (wire §1.8). */
-export function isForeign(headers: Record<string, string>): boolean {
+function isForeign(headers: Record<string, string>): boolean {
   const local =
     /^(localhost|[\w-]+\.(localhost|local|internal)|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?$/i;
   if (!local.test(headers.host ?? "")) return true;
@@ -111,179 +86,183 @@ export function isForeign(headers: Record<string, string>): boolean {
   return match === null || !local.test(match[1] ?? "");
 }
 
-interface Waiting {
-  model: string;
-  behaviour: Behaviour;
-  left: AbortSignal;
-  resolve(result: "loaded" | "left" | "failed"): void;
-}
+const style: Style = {
+  ...plainStyle,
+  // wire §1.8: not unique.
+  id: (prefix, count) => `${prefix}-${(count * 367) % 999}`,
+  frame: (job, object, prefix, choices, more) => ({
+    id: job.style.id(prefix, job.count),
+    object,
+    created: job.created,
+    model: job.model,
+    system_fingerprint: "fp_ollama",
+    choices,
+    ...more,
+  }),
+  firstContent: "",
+  reasoning: "reasoning",
+  wholeToolCalls: true,
+  completionUsage: "extraChunkAndZeros",
+  // real §6.10: max_completion_tokens is ignored; without max_tokens nothing ends it but itself.
+  knowsCompletionLimit: false,
+  dies: (shape) => shape.swallowed(),
+};
 
-/**
- * Which models are in memory. Loads are strictly serial; the request that started one aborts it by leaving,
- * and whoever waits beside it starts it again (wire §1.3, real §5.1).
- */
-export class Residency {
-  readonly loads: LoadRecord[] = [];
-  #loaded = new Map<string, { usedAt: number }>();
-  #inUse = new Map<string, number>();
-  #waiting: Waiting[] = [];
-  #isWorking = false;
-  #wake: (() => void) | null = null;
-
-  isLoaded(model: string): boolean {
-    return this.#loaded.has(model);
-  }
-
-  unload(model: string): void {
-    this.#loaded.delete(model);
-  }
-
-  clear(): void {
-    this.#loaded.clear();
-    this.loads.length = 0;
-  }
-
-  enter(
-    model: string,
-    behaviour: Behaviour,
-    left: AbortSignal,
-  ): Promise<"loaded" | "left" | "failed" | "full"> {
-    // Without a limit and a load time there is nothing to wait for.
-    const isFree = behaviour.loadMs === 0 && behaviour.maxLoaded === Number.POSITIVE_INFINITY;
-    if (this.#loaded.has(model) || (isFree && !behaviour.loadFails)) {
-      this.#use(model);
-      return Promise.resolve("loaded");
+/** The envelope goes by the route: Anthropic's, a string on the native ones, else OpenAI's. */
+function error(
+  status: number,
+  message: string | ((about: About) => string),
+  type = "invalid_request_error",
+): (about: About) => Refused {
+  return (about) => {
+    const words = typeof message === "string" ? message : message(about);
+    if (about.path.startsWith("/api/")) return { status, body: { error: words } };
+    if (about.path === "/v1/messages") {
+      const body = { type: "error", error: { type, message: words }, request_id: "req_1" };
+      return { status, body };
     }
-    if (this.#waiting.length >= behaviour.maxQueue) return Promise.resolve("full");
-    return new Promise((resolve) => {
-      this.#waiting.push({ model, behaviour, left, resolve });
-      void this.#work();
-    });
-  }
-
-  leave(model: string): void {
-    this.#inUse.set(model, (this.#inUse.get(model) ?? 1) - 1);
-    this.#wake?.();
-  }
-
-  #use(model: string): void {
-    this.#loaded.set(model, { usedAt: performance.now() });
-    this.#inUse.set(model, (this.#inUse.get(model) ?? 0) + 1);
-  }
-
-  async #work(): Promise<void> {
-    if (this.#isWorking) return;
-    this.#isWorking = true;
-    for (let next = this.#waiting[0]; next !== undefined; next = this.#waiting[0]) {
-      next.resolve(await this.#serve(next));
-      this.#waiting.shift();
-    }
-    this.#isWorking = false;
-  }
-
-  async #serve({ model, behaviour, left }: Waiting): Promise<"loaded" | "left" | "failed"> {
-    if (!this.#loaded.has(model)) {
-      while (!left.aborted && this.#loaded.size >= behaviour.maxLoaded) {
-        const idle = [...this.#loaded]
-          .filter(([name]) => (this.#inUse.get(name) ?? 0) === 0)
-          .toSorted((a, b) => a[1].usedAt - b[1].usedAt)[0];
-        if (idle !== undefined) this.#loaded.delete(idle[0]);
-        else await this.#untilReleased(left);
-      }
-      if (left.aborted) return "left";
-      const load: LoadRecord = { model, startedAt: Date.now(), endedAt: null, result: "loading" };
-      this.loads.push(load);
-      await pause(behaviour.loadMs, left);
-      load.endedAt = Date.now();
-      load.result = left.aborted ? "aborted" : behaviour.loadFails ? "failed" : "loaded";
-      if (load.result === "aborted") return "left";
-      if (load.result === "failed") return "failed";
-    }
-    if (left.aborted) return "left";
-    this.#use(model);
-    return "loaded";
-  }
-
-  #untilReleased(left: AbortSignal): Promise<void> {
-    return new Promise((resolve) => {
-      const settle = (): void => {
-        this.#wake = null;
-        left.removeEventListener("abort", settle);
-        resolve();
-      };
-      this.#wake = settle;
-      left.addEventListener("abort", settle);
-    });
-  }
-}
-
-/** Waits, but not for a client that has left. */
-export function pause(ms: number, left: AbortSignal): Promise<void> {
-  if (left.aborted || ms === 0) return Promise.resolve();
-  return new Promise((resolve) => {
-    const timer = ms === Number.POSITIVE_INFINITY ? undefined : setTimeout(settle, ms);
-    function settle(): void {
-      clearTimeout(timer);
-      left.removeEventListener("abort", settle);
-      resolve();
-    }
-    left.addEventListener("abort", settle);
-  });
-}
-
-/** `/api/chat` and `/api/generate`: one JSON object per line, the last with `done: true`; durations in ns. */
-export function nativeShape(job: Job, route: "chat" | "generate"): Shape {
-  const line = (fields: Record<string, unknown>): string =>
-    `${JSON.stringify({ model: job.model, created_at: "2026-08-01T12:00:00.123456789Z", ...fields })}\n`;
-  const content = (text: string, more: Record<string, unknown> = {}): Record<string, unknown> =>
-    route === "chat"
-      ? { message: { role: "assistant", content: text, ...more } }
-      : { response: text, ...more };
-  const numbers = (input: number, output: number): Record<string, unknown> => ({
-    total_duration: 96_750_000,
-    load_duration: 1_000_000,
-    // wire §1.6: absent when 0.
-    ...(input === 0 ? {} : { prompt_eval_count: input, prompt_eval_duration: 12_500_000 }),
-    ...(output === 0 ? {} : { eval_count: output, eval_duration: 84_250_000 }),
-  });
-  return {
-    contentType: "application/x-ndjson",
-    open: () => [],
-    piece(piece) {
-      if ("text" in piece) return [line({ ...content(piece.text), done: false })];
-      if ("reasoning" in piece)
-        return [line({ ...content("", { thinking: piece.reasoning }), done: false })];
-      const args: unknown = JSON.parse(piece.toolCall.arguments);
-      const calls = [{ function: { name: piece.toolCall.name, arguments: args } }];
-      return [line({ ...content("", { tool_calls: calls }), done: false })];
-    },
-    finish: (reason, usage) =>
-      reason === null
-        ? []
-        : [
-            line({
-              ...content(""),
-              done: true,
-              done_reason: reason,
-              ...numbers(usage.input, usage.output),
-            }),
-          ],
-    done: () => [],
-    error: (error) => {
-      const message = (error as { message?: string }).message ?? String(error);
-      return [`${JSON.stringify({ error: message })}\n`];
-    },
-    // real §5.1: here the error is told.
-    swallowed: () => [
-      `${JSON.stringify({ error: "an error was encountered while running the model: unexpected EOF" })}\n`,
-    ],
-    whole: (pieces, reason, usage) => ({
-      model: job.model,
-      created_at: "2026-08-01T12:00:00.123456789Z",
-      ...content(join(pieces).text),
-      done: true,
-      done_reason: reason,
-      ...numbers(usage.input, usage.output),
-    }),
+    return { status, body: { error: { message: words, type, param: null, code: null } } };
   };
 }
+
+const native = { hasDone: false, streamsByDefault: true } as const;
+
+function nativeLimit(json: Record<string, unknown>): number {
+  const { num_predict = Infinity } = (json.options ?? {}) as { num_predict?: number };
+  return num_predict;
+}
+
+function nativeRoute(route: "chat" | "generate"): Handler {
+  const dialect: Dialect = {
+    ...native,
+    shape: (job) => nativeShape(job, route),
+    limit: nativeLimit,
+  };
+  return async (call) => {
+    const info = await modelOf(call);
+    if (info === null) return;
+    const { json } = call.request;
+    const isLoadOnly = route === "chat" ? !isFilled(json.messages) : !json.prompt;
+    if (isLoadOnly) await loadOnly(call, info, route);
+    else await generate(call, info, dialect);
+  };
+}
+
+/** Without a prompt: load, or unload (real §5.1). Works on what is not loaded as well. */
+async function loadOnly(call: Call, info: ModelInfo, route: "chat" | "generate"): Promise<void> {
+  const { json } = call.request;
+  const isUnload = json.keep_alive === 0 || json.keep_alive === "0";
+  const done = (): Promise<void> =>
+    sendBody(call.reply, 200, {
+      model: info.name,
+      created_at: "2026-08-01T12:00:00Z",
+      ...(route === "chat" ? { message: { role: "assistant", content: "" } } : { response: "" }),
+      done: true,
+      done_reason: isUnload ? "unload" : "load",
+    });
+  if (!isUnload) return call.host.hold(call, info, done);
+  call.host.residency.unload(info.name);
+  await done();
+}
+
+export const ollama: Profile = {
+  kind: "ollama",
+  models: ["llama3:8b"],
+  // NUM_PARALLEL is 1, and there is no first chunk without content (real §6.6, wire §1.3).
+  behaviour: { slots: 1, roleFirst: false },
+  manner: { headers: {}, json: "application/json", closes: "never", chunksAll: false },
+  fullName: withTag,
+  slotsPer: "model",
+  queueCountsRunning: false,
+  abortsLoads: true,
+  style,
+  // No /health and no /metrics (real §5.1).
+  reads: {
+    "/": reads(() => "Ollama is running"),
+    "/api/version": reads(() => ({ version: "0.32.15" })),
+    "/api/tags": reads(({ host }) => ({ models: host.models.map(tag) })),
+    // Only what is loaded: a model that is loading does not show (real §5.1).
+    "/api/ps": reads(({ host: { models, residency } }) => ({
+      models: models.filter(({ name }) => residency.isLoaded(name)).map(resident),
+    })),
+    // wire §1.2: without models it says null.
+    "/v1/models": reads(({ host: { models } }) => ({
+      object: "list",
+      data: models.length === 0 ? null : models.map(({ name }) => card(name)),
+    })),
+    "/v1/models/": async (call) => {
+      const name = decodeURIComponent(call.path.slice("/v1/models/".length));
+      if (call.host.find(name) !== undefined) return sendBody(call.reply, 200, card(name));
+      await refuse(call, "unknownModel", { model: withTag(name) });
+    },
+  },
+  // wire §1.5: no count_tokens, no rerank.
+  posts: {
+    "/v1/chat/completions": chat,
+    "/v1/completions": completions,
+    "/v1/embeddings": embedAs(),
+    "/v1/messages": messages,
+    "/v1/responses": responses,
+    "/api/chat": nativeRoute("chat"),
+    "/api/generate": nativeRoute("generate"),
+    "/api/embed": embedAs((vectors, info) => ({ model: info.name, embeddings: vectors })),
+    "/api/show": async (call) => {
+      const info = await modelOf(call);
+      if (info === null) return;
+      const body = {
+        modelfile: `FROM ${info.name}`,
+        details: details(info),
+        model_info: {
+          "general.architecture": "llama",
+          "llama.context_length": info.contextLength ?? 8192,
+          "llama.embedding_length": 4,
+        },
+        capabilities: capabilities(info),
+        modified_at: MODIFIED,
+      };
+      await sendBody(call.reply, 200, body);
+    },
+  },
+  control: ["/api/show"],
+  gate: ({ request }) => (isForeign(request.headers) ? "foreign" : null),
+  refusals: {
+    // real §5.1: 403 with an empty body.
+    foreign: () => ({ status: 403, body: "" }),
+    noRoute: () => ({ status: 404, body: "404 page not found" }),
+    wrongMethod: () => ({ status: 405, body: "405 method not allowed" }),
+    // A content-encoding is not looked at (measured): what is packed is no JSON.
+    badJson: error(400, "unexpected EOF"),
+    noModel: error(400, "model is required"),
+    unknownModel: error(404, ({ model }) => `model '${model}' not found`, "not_found_error"),
+    noMessages: error(400, "[] is too short - 'messages'"),
+    notChat: error(400, ({ path, model }) =>
+      /chat|messages|responses/.test(path)
+        ? `"${model}" does not support chat`
+        : `"${model}" does not support generate`,
+    ),
+    // real §6.7, §5.1: a chat model cannot embed; token arrays are not understood.
+    notEmbedding: error(
+      501,
+      "This server does not support embeddings. Start it with `--embeddings`",
+      "api_error",
+    ),
+    tokenInput: error(400, "invalid input type"),
+    // wire §1.4: only for requests that would have to schedule a load.
+    loadsFull: error(
+      503,
+      "server busy, please try again.  maximum pending requests exceeded",
+      "api_error",
+    ),
+    // wire §1.7.
+    loadFailed: error(
+      500,
+      "llama-server process has terminated: cudaMalloc failed: out of memory",
+      "api_error",
+    ),
+    crashed: error(
+      500,
+      "an error was encountered while running the model: unexpected EOF",
+      "api_error",
+    ),
+  },
+};

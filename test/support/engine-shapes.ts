@@ -1,12 +1,11 @@
-/** What an answer looks like on the wire, dialect by dialect: events of a stream, or one whole body. */
+/** What an answer looks like on the wire: what every kind shares, and chat and completions of each. */
 import type { ToolCall } from "./engine-behaviour.ts";
-
-export type EngineKind = "ollama" | "openai";
 
 /** One answer's fixed part. */
 export interface Job {
-  kind: EngineKind;
-  id: string;
+  style: Style;
+  /** How many answers this engine has given. */
+  count: number;
   created: number;
   model: string;
   /** The client asked for usage in the stream. */
@@ -39,6 +38,40 @@ export interface Shape {
   whole(pieces: Piece[], reason: string, usage: Usage): unknown;
 }
 
+type Fields = Record<string, unknown>;
+
+/** How one kind words its answers. */
+export interface Style {
+  /** An answer's id; `prefix` is "chatcmpl", "cmpl", "msg", "resp" or "embd". */
+  id(prefix: string, count: number): string;
+  /** The answer says the engine's own name for the model, not the one asked for. */
+  answersOwnName: boolean;
+  /** One chunk, or one whole answer. */
+  frame(job: Job, object: string, prefix: string, choices: unknown[], more: Fields): Fields;
+  choice(content: Fields, reason: string | null): Fields;
+  delta(fields: Fields): Fields;
+  message(fields: Fields): Fields;
+  /** Only on whole answers. */
+  wholeMore: Fields;
+  /** In a first chunk that has only the role. */
+  firstContent: "" | null;
+  reasoning: "reasoning" | "reasoning_content";
+  wholeToolCalls: boolean;
+  usage(usage: Usage): Fields;
+  /** Where usage stands in streamed completions. */
+  completionUsage: "extraChunk" | "extraChunkAndZeros" | "lastChoice";
+  /** Whether `max_completion_tokens` means anything. */
+  knowsCompletionLimit: boolean;
+  /** Numbers and places in the events of the Responses API. */
+  numbersEvents: boolean;
+  messagesUsage(usage: Usage, at: "start" | "end" | "whole"): Fields;
+  embeddings(vectors: unknown[], job: Job, tokens: number, isBase64: boolean): unknown;
+  knowsBase64: boolean;
+  rerank(scores: { index: number; document: unknown; score: number }[], job: Job): unknown;
+  /** The engine's own end of a stream that fails: what it still says, in one shape's words. */
+  dies(shape: Shape, hasDone: boolean): string[];
+}
+
 export function sse(data: unknown, event?: string): string {
   const name = event === undefined ? "" : `event: ${event}\n`;
   return `${name}data: ${typeof data === "string" ? data : JSON.stringify(data)}\n\n`;
@@ -54,18 +87,8 @@ export function join(pieces: Piece[]): { text: string; reasoning: string; toolCa
   return joined;
 }
 
-function usageObject(usage: Usage): Record<string, unknown> {
-  const object: Record<string, unknown> = {
-    prompt_tokens: usage.input,
-    completion_tokens: usage.output,
-    total_tokens: usage.input + usage.output,
-  };
-  if (usage.cached !== null) object.prompt_tokens_details = { cached_tokens: usage.cached };
-  return object;
-}
-
 /** wire §1.6: `prompt_n` counts the new prompt tokens only, `cache_n` the others. */
-function timingsObject(usage: Usage): Record<string, number> {
+export function timingsObject(usage: Usage): Record<string, number> {
   const cached = usage.cached ?? 0;
   return {
     cache_n: cached,
@@ -76,52 +99,33 @@ function timingsObject(usage: Usage): Record<string, number> {
   };
 }
 
-/** wire §1.8: Ollama `reasoning`, llama.cpp and LM Studio `reasoning_content`. */
-function reasoningField(kind: EngineKind): string {
-  return kind === "ollama" ? "reasoning" : "reasoning_content";
-}
-
 export function chatShape(job: Job): Shape {
-  const isOllama = job.kind === "ollama";
-  const chunk = (choices: unknown[], more: Record<string, unknown> = {}): string =>
-    sse({
-      id: job.id,
-      object: "chat.completion.chunk",
-      created: job.created,
-      model: job.model,
-      system_fingerprint: isOllama ? "fp_ollama" : "b0-unknown",
-      choices,
-      ...more,
-    });
-  const delta = (fields: Record<string, unknown>, reason: string | null = null): string =>
-    chunk([{ index: 0, delta: fields, finish_reason: reason }]);
+  const { style } = job;
+  const chunk = (choices: unknown[], more: Fields = {}): string =>
+    sse(style.frame(job, "chat.completion.chunk", "chatcmpl", choices, more));
+  const delta = (fields: Fields, reason: string | null = null): string =>
+    chunk([style.choice({ delta: style.delta(fields) }, reason)]);
   return {
     contentType: "text/event-stream",
     // real §6.6: Ollama's first chunk is the first token.
-    open: () =>
-      job.roleFirst ? [delta({ role: "assistant", content: isOllama ? "" : null })] : [],
+    open: () => (job.roleFirst ? [delta({ role: "assistant", content: style.firstContent })] : []),
     piece(piece, isFirst, reason) {
       const role = isFirst && !job.roleFirst ? { role: "assistant" } : {};
       if ("text" in piece) return [delta({ ...role, content: piece.text }, reason)];
+      // wire §1.8: Ollama sends an empty content along.
+      const content = style.wholeToolCalls ? { content: "" } : {};
       if ("reasoning" in piece) {
-        const content = isOllama ? { content: "" } : {};
-        return [
-          delta({ ...role, ...content, [reasoningField(job.kind)]: piece.reasoning }, reason),
-        ];
+        return [delta({ ...role, ...content, [style.reasoning]: piece.reasoning }, reason)];
       }
       const { toolCall, index } = piece;
       const id = `call_${index}abcdefg`;
       // wire §1.8: Ollama sends whole calls, the others fragments by index.
-      if (isOllama) {
+      if (style.wholeToolCalls) {
         const call = { id, index, type: "function", function: toolCall };
-        return [delta({ ...role, content: "", tool_calls: [call] }, reason)];
+        return [delta({ ...role, ...content, tool_calls: [call] }, reason)];
       }
-      const start = {
-        index,
-        id,
-        type: "function",
-        function: { name: toolCall.name, arguments: "" },
-      };
+      const named = { name: toolCall.name, arguments: "" };
+      const start = { index, id, type: "function", function: named };
       const fragments = toolCall.arguments.match(/.{1,6}/gs) ?? [];
       return [
         delta({ ...role, tool_calls: [start] }),
@@ -137,286 +141,76 @@ export function chatShape(job: Job): Shape {
       const timings = job.timings ? { timings: timingsObject(usage) } : {};
       const frames: string[] = [];
       if (!job.finishOnLastToken) {
-        const choices = [{ index: 0, delta: {}, finish_reason: reason }];
+        const choices = [style.choice({ delta: style.delta({}) }, reason)];
         frames.push(chunk(choices, job.includeUsage ? {} : timings));
       }
-      if (job.includeUsage) frames.push(chunk([], { usage: usageObject(usage), ...timings }));
+      if (job.includeUsage) frames.push(chunk([], { usage: style.usage(usage), ...timings }));
       return frames;
     },
     done: () => [sse("[DONE]")],
     error: (error) => [sse({ error })],
-    swallowed: () => [
-      sse({
-        id: job.id,
-        object: "chat.completion.chunk",
-        created: job.created,
-        model: "",
-        system_fingerprint: "fp_ollama",
-        choices: [{ index: 0, delta: { role: "assistant", content: "" }, finish_reason: null }],
-      }),
-    ],
+    swallowed: () => {
+      const choice = style.choice({ delta: { role: "assistant", content: "" } }, null);
+      const nameless = { ...job, model: "" };
+      return [sse(style.frame(nameless, "chat.completion.chunk", "chatcmpl", [choice], {}))];
+    },
     whole(pieces, reason, usage) {
       const { text, reasoning, toolCalls } = join(pieces);
-      const message: Record<string, unknown> = { role: "assistant", content: text };
-      if (reasoning !== "") message[reasoningField(job.kind)] = reasoning;
+      const fields: Fields = { role: "assistant", content: text };
+      if (reasoning !== "") fields[style.reasoning] = reasoning;
       if (toolCalls.length > 0) {
-        message.tool_calls = toolCalls.map((call, index) => ({
+        fields.tool_calls = toolCalls.map((call, index) => ({
           id: `call_${index}abcdefg`,
           index,
           type: "function",
           function: call,
         }));
       }
-      return {
-        id: job.id,
-        object: "chat.completion",
-        created: job.created,
-        model: job.model,
-        system_fingerprint: isOllama ? "fp_ollama" : "b0-unknown",
-        choices: [{ index: 0, message, finish_reason: reason }],
-        usage: usageObject(usage),
-        ...(job.timings ? { timings: timingsObject(usage) } : {}),
-      };
+      const choices = [style.choice({ message: style.message(fields) }, reason)];
+      const timings = job.timings ? { timings: timingsObject(usage) } : {};
+      const more = { usage: style.usage(usage), ...style.wholeMore, ...timings };
+      return style.frame(job, "chat.completion", "chatcmpl", choices, more);
     },
   };
 }
 
 export function completionsShape(job: Job): Shape {
-  const base = { id: job.id.replace("chatcmpl", "cmpl"), object: "text_completion" };
-  const isOllama = job.kind === "ollama";
+  const { style } = job;
+  const frame = (choices: unknown[], more: Fields): Fields =>
+    style.frame(job, "text_completion", "cmpl", choices, more);
+  const nothing = { input: 0, output: 0, cached: null };
   // wire §1.6: with include_usage Ollama puts a zero usage on every chunk, the real one on the last.
   const zero =
-    isOllama && job.includeUsage
-      ? { usage: { prompt_tokens: 0, completion_tokens: 0, total_tokens: 0 } }
+    style.completionUsage === "extraChunkAndZeros" && job.includeUsage
+      ? { usage: style.usage(nothing) }
       : {};
-  const chunk = (choices: unknown[], more: Record<string, unknown> = zero): string =>
-    sse({ ...base, created: job.created, model: job.model, choices, ...more });
+  const text = (value: string, reason: string | null, more: Fields = zero): string =>
+    sse(frame([style.choice({ text: value }, reason)], more));
   return {
     contentType: "text/event-stream",
     open: () => [],
-    piece: (piece, _isFirst, reason) =>
-      "text" in piece ? [chunk([{ text: piece.text, index: 0, finish_reason: reason }])] : [],
+    piece: (piece, _isFirst, reason) => ("text" in piece ? [text(piece.text, reason)] : []),
     finish(reason, usage) {
+      // Measured, llama.cpp: always on the finish chunk, never a chunk of its own.
+      if (style.completionUsage === "lastChoice") {
+        const timings = job.timings ? { timings: timingsObject(usage) } : {};
+        return [text("", reason, { usage: style.usage(usage), ...timings })];
+      }
       const frames: string[] = [];
-      if (!job.finishOnLastToken)
-        frames.push(chunk([{ text: "", index: 0, finish_reason: reason }]));
-      if (job.includeUsage) frames.push(chunk([], { usage: usageObject(usage) }));
+      if (!job.finishOnLastToken) frames.push(text("", reason));
+      if (job.includeUsage) frames.push(sse(frame([], { usage: style.usage(usage) })));
       return frames;
     },
     done: () => [sse("[DONE]")],
     error: (error) => [sse({ error })],
-    swallowed: () => [
-      sse({
-        ...base,
-        created: job.created,
-        model: "",
-        choices: [{ text: "", index: 0, finish_reason: null }],
-      }),
-    ],
-    whole: (pieces, reason, usage) => ({
-      ...base,
-      created: job.created,
-      model: job.model,
-      choices: [{ text: join(pieces).text, index: 0, finish_reason: reason }],
-      usage: usageObject(usage),
-    }),
-  };
-}
-
-const stopReasons: Record<string, string> = {
-  stop: "end_turn",
-  length: "max_tokens",
-  tool_calls: "tool_use",
-};
-
-/** Anthropic's Messages: named events, no [DONE]; `message_stop` is the end. */
-export function messagesShape(job: Job): Shape {
-  const id = `msg_${job.id.replace(/\W/g, "")}`;
-  let index = -1;
-  let openBlock: "text" | "thinking" | null = null;
-  const event = (type: string, fields: Record<string, unknown> = {}): string =>
-    sse({ type, ...fields }, type);
-  const close = (): string[] => {
-    if (openBlock === null) return [];
-    openBlock = null;
-    return [event("content_block_stop", { index })];
-  };
-  const enter = (type: "text" | "thinking"): string[] => {
-    if (openBlock === type) return [];
-    const frames = close();
-    openBlock = type;
-    index += 1;
-    frames.push(event("content_block_start", { index, content_block: { type, [type]: "" } }));
-    return frames;
-  };
-  return {
-    contentType: "text/event-stream",
-    open: () => [
-      event("message_start", {
-        message: {
-          id,
-          type: "message",
-          role: "assistant",
-          model: job.model,
-          content: [],
-          stop_reason: null,
-          stop_sequence: null,
-          // real §5.1: Ollama's is an estimate here, the truth comes at the end.
-          usage: { input_tokens: 3, output_tokens: 0 },
-        },
-      }),
-    ],
-    piece(piece) {
-      if ("text" in piece) {
-        const delta = { type: "text_delta", text: piece.text };
-        return [...enter("text"), event("content_block_delta", { index, delta })];
-      }
-      if ("reasoning" in piece) {
-        const delta = { type: "thinking_delta", thinking: piece.reasoning };
-        return [...enter("thinking"), event("content_block_delta", { index, delta })];
-      }
-      const frames = close();
-      index += 1;
-      const { name, arguments: json } = piece.toolCall;
-      return [
-        ...frames,
-        event("content_block_start", {
-          index,
-          content_block: { type: "tool_use", id: `toolu_${index}`, name, input: {} },
-        }),
-        event("content_block_delta", {
-          index,
-          delta: { type: "input_json_delta", partial_json: json },
-        }),
-        event("content_block_stop", { index }),
-      ];
+    swallowed: () => {
+      const choice = style.choice({ text: "" }, null);
+      return [sse(style.frame({ ...job, model: "" }, "text_completion", "cmpl", [choice], {}))];
     },
-    finish: (reason, usage) => [
-      ...close(),
-      event("message_delta", {
-        delta: {
-          stop_reason: reason === null ? null : (stopReasons[reason] ?? reason),
-          stop_sequence: null,
-        },
-        usage: { input_tokens: usage.input, output_tokens: usage.output },
-      }),
-    ],
-    done: () => [event("message_stop")],
-    error: (error) => {
-      const message = (error as { message?: string }).message ?? String(error);
-      return [event("error", { error: { type: "api_error", message } })];
-    },
-    swallowed: () => [],
     whole(pieces, reason, usage) {
-      const { text, reasoning, toolCalls } = join(pieces);
-      const content: unknown[] = [];
-      if (reasoning !== "") content.push({ type: "thinking", thinking: reasoning });
-      if (text !== "") content.push({ type: "text", text });
-      for (const [at, call] of toolCalls.entries()) {
-        const input: unknown = JSON.parse(call.arguments);
-        content.push({ type: "tool_use", id: `toolu_${at}`, name: call.name, input });
-      }
-      return {
-        id,
-        type: "message",
-        role: "assistant",
-        model: job.model,
-        content,
-        stop_reason: stopReasons[reason] ?? reason,
-        stop_sequence: null,
-        usage: { input_tokens: usage.input, output_tokens: usage.output },
-      };
+      const timings = job.timings ? { timings: timingsObject(usage) } : {};
+      const more = { usage: style.usage(usage), ...style.wholeMore, ...timings };
+      return frame([style.choice({ text: join(pieces).text }, reason)], more);
     },
-  };
-}
-
-/** OpenAI's Responses: named, numbered events, no [DONE]; `response.completed` is the end. */
-export function responsesShape(job: Job): Shape {
-  const id = `resp_${job.id.replace(/\W/g, "")}`;
-  const itemId = `msg_${job.id.replace(/\W/g, "")}`;
-  let sequence = 0;
-  let text = "";
-  let completed: Record<string, unknown> = {};
-  const event = (type: string, fields: Record<string, unknown>): string =>
-    sse({ type, sequence_number: sequence++, ...fields }, type);
-  const response = (
-    status: string,
-    output: unknown[],
-    usage: unknown,
-  ): Record<string, unknown> => ({
-    id,
-    object: "response",
-    created_at: job.created,
-    status,
-    model: job.model,
-    output,
-    error: null,
-    usage,
-  });
-  const item = (status: string, content: unknown[]): Record<string, unknown> => ({
-    id: itemId,
-    type: "message",
-    status,
-    role: "assistant",
-    content,
-  });
-  const part = (value: string): Record<string, unknown> => ({
-    type: "output_text",
-    text: value,
-    annotations: [],
-  });
-  const usageOf = (usage: Usage): Record<string, unknown> => ({
-    input_tokens: usage.input,
-    input_tokens_details: { cached_tokens: usage.cached ?? 0 },
-    output_tokens: usage.output,
-    output_tokens_details: { reasoning_tokens: 0 },
-    total_tokens: usage.input + usage.output,
-  });
-  const place = { item_id: itemId, output_index: 0, content_index: 0 };
-  return {
-    contentType: "text/event-stream",
-    open: () => [
-      event("response.created", { response: response("in_progress", [], null) }),
-      event("response.in_progress", { response: response("in_progress", [], null) }),
-      event("response.output_item.added", { output_index: 0, item: item("in_progress", []) }),
-      event("response.content_part.added", { ...place, part: part("") }),
-    ],
-    piece(piece) {
-      if ("reasoning" in piece) {
-        return [
-          event("response.reasoning_summary_text.delta", { ...place, delta: piece.reasoning }),
-        ];
-      }
-      if (!("text" in piece)) return [];
-      text += piece.text;
-      return [event("response.output_text.delta", { ...place, delta: piece.text })];
-    },
-    finish(reason, usage) {
-      if (reason === null) return [];
-      const done = item("completed", [part(text)]);
-      completed = response("completed", [done], usageOf(usage));
-      return [
-        event("response.output_text.done", { ...place, text }),
-        event("response.content_part.done", { ...place, part: part(text) }),
-        event("response.output_item.done", { output_index: 0, item: done }),
-      ];
-    },
-    done: () => [event("response.completed", { response: completed })],
-    error: (error) => {
-      const { message = String(error), code = null } = error as {
-        message?: string;
-        code?: unknown;
-      };
-      return [
-        event("error", {
-          code: typeof code === "number" ? String(code) : null,
-          message,
-          param: null,
-        }),
-      ];
-    },
-    swallowed: () => [],
-    whole: (pieces, _reason, usage) =>
-      response("completed", [item("completed", [part(join(pieces).text)])], usageOf(usage)),
   };
 }

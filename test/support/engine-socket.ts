@@ -16,6 +16,55 @@ export interface WireRequest {
 
 export type Framing = "chunked" | "close" | { length: number };
 
+/** How a server writes its answers, whatever they are. */
+export interface Manner {
+  /** On every answer. */
+  headers: Record<string, string>;
+  /** Content type of its JSON. */
+  json: string;
+  /** llama.cpp closes after an error, its router after everything it passes on (real §5.2). */
+  closes: "never" | "onError" | "always";
+  /** Whole answers too have no length (a proxy's). */
+  chunksAll: boolean;
+}
+
+/** Waits, but not for a client that has left. */
+export function pause(ms: number, left: AbortSignal): Promise<void> {
+  if (left.aborted || ms === 0) return Promise.resolve();
+  return new Promise((resolve) => {
+    const timer = ms === Number.POSITIVE_INFINITY ? undefined : setTimeout(settle, ms);
+    function settle(): void {
+      clearTimeout(timer);
+      left.removeEventListener("abort", settle);
+      resolve();
+    }
+    left.addEventListener("abort", settle);
+  });
+}
+
+/** A process that is stopped (kill -STOP): the kernel still accepts, nobody reads, writes or notices. */
+class Sleep {
+  #awake: Promise<void> | null = null;
+  #wake: () => void = () => {};
+
+  get isAsleep(): boolean {
+    return this.#awake !== null;
+  }
+
+  begin(): void {
+    this.#awake ??= new Promise((resolve) => (this.#wake = resolve));
+  }
+
+  end(): void {
+    this.#awake = null;
+    this.#wake();
+  }
+
+  async over(): Promise<void> {
+    while (this.#awake !== null) await this.#awake;
+  }
+}
+
 /** Thrown by {@link Reply.write} when there is nobody left to write to. */
 export class ClientLeft extends Error {
   override name = "ClientLeft";
@@ -26,6 +75,8 @@ export class Reply {
   readonly left: AbortSignal;
   status: number | null = null;
   bytesSent = 0;
+  manner: Manner;
+  #sleep: Sleep;
   #socket: net.Socket;
   #framing: Framing = "close";
   #leaving = new AbortController();
@@ -33,9 +84,15 @@ export class Reply {
   #keepAlive: boolean;
   #next: () => void;
 
-  constructor(socket: net.Socket, keepAlive: boolean, next: () => void) {
+  constructor(
+    socket: net.Socket,
+    keepAlive: boolean,
+    { manner, sleep, next }: { manner: Manner; sleep: Sleep; next: () => void },
+  ) {
     this.#socket = socket;
     this.#keepAlive = keepAlive;
+    this.manner = manner;
+    this.#sleep = sleep;
     this.#next = next;
     this.left = this.#leaving.signal;
   }
@@ -51,14 +108,18 @@ export class Reply {
     this.#leaving.abort(new ClientLeft("the client left"));
   }
 
-  head(status: number, headers: Record<string, string>, framing: Framing): void {
+  async head(status: number, headers: Record<string, string>, asked: Framing): Promise<void> {
+    await this.#sleep.over();
     if (this.left.aborted) throw new ClientLeft("the client left");
+    const { manner } = this;
+    const framing = manner.chunksAll && asked !== "close" ? "chunked" : asked;
     this.status = status;
     this.#framing = framing;
-    const fields = Object.entries(headers);
+    const fields = Object.entries({ ...manner.headers, ...headers });
     if (framing === "chunked") fields.push(["Transfer-Encoding", "chunked"]);
     else if (framing !== "close") fields.push(["Content-Length", String(framing.length)]);
-    if (framing === "close") this.#keepAlive = false;
+    if (framing === "close" || manner.closes === "always") this.#keepAlive = false;
+    if (manner.closes === "onError" && status >= 400) this.#keepAlive = false;
     if (!this.#keepAlive) fields.push(["Connection", "close"]);
     const lines = fields.map(([name, value]) => `${name}: ${value}\r\n`).join("");
     this.#socket.write(`HTTP/1.1 ${status} ${status < 400 ? "OK" : "Error"}\r\n${lines}\r\n`);
@@ -66,6 +127,7 @@ export class Reply {
 
   /** Resolves when the socket takes more: a client that does not read holds the engine back. */
   async write(bytes: Uint8Array): Promise<void> {
+    await this.#sleep.over();
     if (this.left.aborted) throw new ClientLeft("the client left");
     if (bytes.length === 0) return;
     this.bytesSent += bytes.length;
@@ -91,7 +153,8 @@ export class Reply {
   }
 
   /** A proper end; in chunked framing also the clean end of a body that lacks its content. */
-  end(): void {
+  async end(): Promise<void> {
+    await this.#sleep.over();
     if (this.#isOver) return;
     if (this.#framing === "chunked") this.#socket.write("0\r\n\r\n");
     this.#isOver = true;
@@ -114,10 +177,13 @@ export class Reply {
 export class WireServer {
   #server: net.Server | null = null;
   #sockets = new Map<net.Socket, () => boolean>();
+  #sleep = new Sleep();
+  #manner: Manner;
   #handle: (request: WireRequest, reply: Reply) => void;
   port = 0;
 
-  constructor(handle: (request: WireRequest, reply: Reply) => void) {
+  constructor(manner: Manner, handle: (request: WireRequest, reply: Reply) => void) {
+    this.#manner = manner;
     this.#handle = handle;
   }
 
@@ -138,6 +204,18 @@ export class WireServer {
     for (const [socket, isIdle] of this.#sockets) if (isIdle()) socket.destroy();
   }
 
+  /** As after kill -STOP: connections are accepted, nothing is read, said or noticed. */
+  freeze(): void {
+    this.#sleep.begin();
+    for (const socket of this.#sockets.keys()) socket.pause();
+  }
+
+  /** kill -CONT. */
+  thaw(): void {
+    this.#sleep.end();
+    for (const socket of this.#sockets.keys()) socket.resume();
+  }
+
   openConnections(): number {
     return this.#sockets.size;
   }
@@ -155,6 +233,7 @@ export class WireServer {
     let reply: Reply | null = null;
     this.#sockets.set(socket, () => reply === null || reply.isOver);
     const read = (): void => {
+      if (this.#sleep.isAsleep) return void this.#sleep.over().then(read);
       if (reply !== null && !reply.isOver) return;
       if (size < needed) return;
       if (chunks.length > 0) pending = Buffer.concat([pending, ...chunks]);
@@ -170,7 +249,11 @@ export class WireServer {
       needed = 0;
       const { request } = parsed;
       const keepAlive = !/close/i.test(request.headers.connection ?? "");
-      reply = new Reply(socket, keepAlive, () => setImmediate(read));
+      reply = new Reply(socket, keepAlive, {
+        manner: this.#manner,
+        sleep: this.#sleep,
+        next: () => setImmediate(read),
+      });
       this.#handle(request, reply);
     };
     socket.on("data", (data: Buffer) => {
@@ -180,8 +263,10 @@ export class WireServer {
     });
     const gone = (): void => {
       this.#sockets.delete(socket);
-      reply?.clientLeft();
+      if (!this.#sleep.isAsleep) reply?.clientLeft();
+      else void this.#sleep.over().then(() => reply?.clientLeft());
     };
+    if (this.#sleep.isAsleep) socket.pause();
     // A client that half-closes has left: the engines' servers see it so, too.
     socket.on("end", gone);
     socket.on("error", gone);

@@ -1,10 +1,10 @@
 /** Writes one answer, event by event, at the pace and with the fault that the behaviour asks for. */
 import type { Behaviour, Fault } from "./engine-behaviour.ts";
-import { engineDied } from "./engine-behaviour.ts";
-import { pause } from "./engine-ollama.ts";
-import type { Piece, Shape, Usage } from "./engine-shapes.ts";
+import type { Piece, Shape, Style, Usage } from "./engine-shapes.ts";
 import { sse } from "./engine-shapes.ts";
 import type { Reply } from "./engine-socket.ts";
+import { pause } from "./engine-socket.ts";
+import { engineDied } from "./engine-style.ts";
 
 /** Enough for a client's kernel to have the bytes before a RST throws away what it has not read. */
 const BEFORE_RESET_MS = 15;
@@ -14,6 +14,9 @@ class Cut extends Error {}
 
 export interface Answer {
   shape: Shape;
+  style: Style;
+  /** Its streams end with [DONE]. */
+  hasDone: boolean;
   pieces: Piece[];
   reason: string;
   usage: Usage;
@@ -99,7 +102,9 @@ export async function streamAnswer(
   const { shape, reason, usage } = answer;
   const { fault } = behaviour;
   const body = new BodyWriter(reply, behaviour, keep);
-  reply.head(
+  const isUnfinished = fault?.kind === "endless" && !fault.finish;
+  const lastReason = behaviour.finishOnLastToken && !isUnfinished ? reason : null;
+  await reply.head(
     200,
     {
       "Content-Type": behaviour.contentType ?? shape.contentType,
@@ -120,24 +125,22 @@ export async function streamAnswer(
     if (behaviour.flood !== null) await flood(reply, body, shape, behaviour.flood);
     else {
       await body.pause(behaviour.firstTokenDelayMs);
-      if (await strike(reply, body, shape, fault, 0)) return;
+      if (await strike(reply, body, answer, fault, 0)) return;
       await add(shape.open(usage));
       for (const [index, piece] of answer.pieces.entries()) {
         if (index > 0) await body.pause(behaviour.tokenDelayMs);
         if (index === behaviour.stallAfterTokens) await body.pause(behaviour.stallMs);
         await add(ping(behaviour.pings));
         const isLast = index === answer.pieces.length - 1;
-        await add(
-          shape.piece(piece, index === 0, isLast && behaviour.finishOnLastToken ? reason : null),
-        );
-        if (await strike(reply, body, shape, fault, index + 1)) return;
+        await add(shape.piece(piece, index === 0, isLast ? lastReason : null));
+        if (await strike(reply, body, answer, fault, index + 1)) return;
       }
       if (answer.pieces.length === behaviour.stallAfterTokens) await body.pause(behaviour.stallMs);
     }
-    if (fault?.kind !== "endless" || fault.finish) await add(shape.finish(reason, usage));
+    if (!isUnfinished) await add(shape.finish(reason, usage));
     if (fault?.kind !== "endless") await add(shape.done());
     await body.flush();
-    reply.end();
+    await reply.end();
   } catch (error) {
     if (!(error instanceof Cut)) throw error;
     await endBy(reply, fault?.kind === "cut" ? fault.by : "eof");
@@ -148,7 +151,7 @@ export async function streamAnswer(
 async function strike(
   reply: Reply,
   body: BodyWriter,
-  shape: Shape,
+  { shape, style, hasDone }: Answer,
   fault: Fault | null,
   tokens: number,
 ): Promise<boolean> {
@@ -167,10 +170,15 @@ async function strike(
       else await endBy(reply, fault.ends === "reset" ? "reset" : "eof");
       return true;
     }
+    case "dies":
+      for (const frame of style.dies(shape, hasDone)) await body.add(frame);
+      await body.flush();
+      await reply.end();
+      return true;
     case "swallowed":
       for (const frame of shape.swallowed()) await body.add(frame);
       await body.flush();
-      reply.end();
+      await reply.end();
       return true;
     case "cut":
       await body.flush();
@@ -207,13 +215,13 @@ export async function sendWhole(
   const { fault } = behaviour;
   if (fault?.kind === "error" || fault?.kind === "swallowed") {
     const error = fault.kind === "error" ? (fault.error ?? engineDied) : engineDied;
-    return sendJson(reply, 500, { error }, {}, keep);
+    return sendBody(reply, 500, { error }, {}, keep);
   }
   const body = Buffer.from(
     JSON.stringify(answer.shape.whole(answer.pieces, answer.reason, answer.usage)),
   );
   const headers = {
-    "Content-Type": behaviour.contentType ?? "application/json",
+    "Content-Type": behaviour.contentType ?? reply.manner.json,
     ...behaviour.headers,
   };
   if (fault?.kind === "raw") return sendBytes(reply, 200, headers, Buffer.from(fault.body), keep);
@@ -223,14 +231,14 @@ export async function sendWhole(
   if (fault?.kind !== "cut") {
     const half = Math.ceil(body.length / 2);
     keep(body);
-    reply.head(200, headers, { length: body.length });
+    await reply.head(200, headers, { length: body.length });
     await reply.write(body.subarray(0, half));
     await pause(behaviour.wholePauseMs, reply.left);
     await reply.write(body.subarray(half));
     return reply.end();
   }
   const part = body.subarray(0, fault.afterBytes ?? Math.floor(body.length / 2));
-  reply.head(200, headers, fault.by === "eof" ? "chunked" : { length: body.length });
+  await reply.head(200, headers, fault.by === "eof" ? "chunked" : { length: body.length });
   keep(part);
   await reply.write(part);
   await endBy(reply, fault.by);
@@ -243,33 +251,24 @@ async function sendBytes(
   body: Buffer,
   keep: (bytes: Uint8Array) => void,
 ): Promise<void> {
-  reply.head(status, headers, { length: body.length });
+  await reply.head(status, headers, { length: body.length });
   keep(body);
   await reply.write(body);
-  reply.end();
+  await reply.end();
 }
 
-export async function sendJson(
+/** A string goes out as it is, anything else as JSON. */
+export async function sendBody(
   reply: Reply,
   status: number,
   body: unknown,
   headers: Record<string, string> = {},
   keep: (bytes: Uint8Array) => void = () => {},
 ): Promise<void> {
-  const bytes = Buffer.from(JSON.stringify(body));
-  await sendBytes(reply, status, { "Content-Type": "application/json", ...headers }, bytes, keep);
-}
-
-export async function sendText(
-  reply: Reply,
-  status: number,
-  body: string,
-  isHead = false,
-): Promise<void> {
-  const bytes = Buffer.from(body);
-  reply.head(status, { "Content-Type": "text/plain" }, { length: bytes.length });
-  if (!isHead) await reply.write(bytes);
-  reply.end();
+  const isText = typeof body === "string";
+  const bytes = Buffer.from(isText ? body : JSON.stringify(body));
+  const type = isText ? "text/plain" : reply.manner.json;
+  await sendBytes(reply, status, { "Content-Type": type, ...headers }, bytes, keep);
 }
 
 /** Faults that come instead of an answer; `false`: none of these, go on. */
@@ -292,10 +291,10 @@ export async function answerFault(
   const bytes = Buffer.from(isText ? (fault.body as string) : JSON.stringify(fault.body));
   const type = fault.contentType ?? (isText ? "text/plain" : "application/json");
   const headers = { "Content-Type": type, ...fault.headers };
-  reply.head(fault.status, headers, { length: fault.length ?? bytes.length });
+  await reply.head(fault.status, headers, { length: fault.length ?? bytes.length });
   keep(bytes);
   await reply.write(bytes);
-  if (fault.length === undefined || fault.length === bytes.length) reply.end();
+  if (fault.length === undefined || fault.length === bytes.length) await reply.end();
   else reply.fin();
   return true;
 }
