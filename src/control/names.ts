@@ -97,11 +97,15 @@ export class Names {
     clearTimeout(this.#timer);
   }
 
-  /** What stands for a configured backend: itself, or one per address of its name. */
+  /**
+   * What stands for a configured backend: itself, or one per address of its name. While no address is
+   * known it stands for itself too, so that its models are away and not unknown.
+   */
   expand(backend: BackendConfig): Wanted[] {
     if (backend.discover !== "dns") return [backend];
     const { discover: _, ...plain } = backend;
     const addresses = [...(this.#known.get(backend.id)?.addresses.keys() ?? [])].toSorted();
+    if (addresses.length === 0) return [plain];
     return addresses.map((address) => {
       const url = new URL(backend.url ?? "");
       url.hostname = address;

@@ -60,10 +60,18 @@ function offersOf(wanted: Wanted, seen: Seen): Offer[] {
   return models.map((each) => {
     const { name, upstream } = typeof each === "string" ? { name: each, upstream: each } : each;
     const there = upstream ?? name;
-    const listed = seen.models.find((model) => model.name === there);
-    const remote = engineOf(seen.kind).isRemote(there);
-    return { name, listed: listed ?? modelNamed(there, { residency: "cold", remote }) };
+    return { name, listed: listedAs(there, seen) };
   });
+}
+
+/** What the engine lists under that name, or what can be said without. */
+function listedAs(name: string, { kind, models }: Seen): ListedModel {
+  const listed = models.find((model) => model.name === name);
+  if (listed !== undefined) return listed;
+  const engine = engineOf(kind);
+  const [only] = models;
+  if (engine.takesAnyName && only !== undefined && models.length === 1) return { ...only, name };
+  return modelNamed(name, { residency: "cold", remote: engine.isRemote(name) });
 }
 
 function widest(a: number | null, b: number | null): number | null {
@@ -211,8 +219,9 @@ export class Registry {
       const was = before.get(id);
       const seen = this.#seen.get(id);
       if (was !== undefined && seen !== undefined && isSamePlace(was, backend)) continue;
-      const known = seen === undefined ? [] : seen.models;
-      this.#seen.set(id, looked.get(id) ?? { ...unseen(backend), models: known });
+      const sight = looked.get(id) ?? unseen(backend);
+      const models = sight.health === "healthy" ? sight.models : (seen?.models ?? []);
+      this.#seen.set(id, { ...sight, models });
     }
     const ids = new Set(wanted.map(({ id }) => id));
     for (const id of this.#seen.keys()) if (!ids.has(id)) this.#seen.delete(id);

@@ -89,6 +89,8 @@ export interface Engine {
   speaks(path: string): boolean;
   /** Why it cannot do what a request wants, to be read after its kind; null when it can. */
   cannot(want: Want): string | null;
+  /** It serves the one model it has under whatever name it is asked for. */
+  takesAnyName: boolean;
   /** Would a model of that name be answered by machines elsewhere? */
   isRemote(model: string): boolean;
   /** Further replacements in the request body, as JSON bytes. */
@@ -262,6 +264,7 @@ export const openai: Engine = {
   slots: 32,
   speaks: () => true,
   cannot: () => null,
+  takesAnyName: false,
   isRemote: () => false,
   adapt: () => new Map(),
   send: sendByFetch,
