@@ -25,15 +25,13 @@ function statusOf(info: ModelInfo, call: Call): Record<string, unknown> {
   const { name } = info;
   const { residency } = call.host;
   const { slots, sleeping } = call.behaviour;
+  // Measured: what one slot has is this, divided.
+  const size = contextOf(info, call.behaviour) * slots;
   const awake = sleeping ? "sleeping" : "loaded";
   const idle = residency.isLoading(name) ? "loading" : "unloaded";
   return {
     value: residency.isLoaded(name) ? awake : idle,
-    args: [
-      ...["llama-server", "--host", "127.0.0.1", "--alias", name],
-      ...["--ctx-size", String(contextOf(info, call.behaviour) * slots)],
-      ...["--parallel", String(slots)],
-    ],
+    args: `llama-server --alias ${name} --ctx-size ${size} --parallel ${slots}`.split(" "),
     preset: `[${name}]\n`,
     ...(residency.failed.has(name) ? { exit_code: 1, failed: true } : {}),
   };

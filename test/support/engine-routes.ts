@@ -58,7 +58,15 @@ function generateAs(dialect: Dialect): Handler {
 }
 
 export const completions = generateAs({ ...plain, shape: completionsShape, hasDone: true });
-export const messages = generateAs({ ...plain, shape: messagesShape, hasDone: false });
+const messagesDialect: Dialect = { ...plain, shape: messagesShape, hasDone: false };
+
+export const messages: Handler = async (call) => {
+  const info = await modelOf(call);
+  if (info === null) return;
+  if (!("messages" in call.request.json) && (await refuse(call, "noMessages"))) return;
+  await generate(call, info, messagesDialect);
+};
+
 export const responses = generateAs({
   shape: responsesShape,
   hasDone: false,

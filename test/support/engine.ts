@@ -166,8 +166,10 @@ class Engine implements Host {
 
   async hold(call: Call, info: ModelInfo, work: () => Promise<void>): Promise<void> {
     const { behaviour, reply } = call;
-    const queued = this.waiting() + (this.profile.queueCountsRunning ? this.active : 0);
-    const isFull = queued >= behaviour.maxQueued && this.active >= Math.min(1, behaviour.slots);
+    const { queueCountsRunning } = this.profile;
+    const queued = this.waiting() + (queueCountsRunning ? this.active : 0);
+    const mustQueue = queueCountsRunning || this.active >= behaviour.slots;
+    const isFull = mustQueue && queued >= behaviour.maxQueued;
     if (isFull && (await refuse(call, "busy"))) return;
     if (!(await this.#enter(call, info, false))) return;
     const name = this.profile.slotsPer === "model" ? info.name : "";
