@@ -41,12 +41,13 @@ function argument(args: readonly unknown[], name: string): number | null {
 
 /** Of one slot: what the loaded model says, else what its arguments make of it. */
 function contextOf(listed: ListedModel, props: Fields, args: readonly unknown[]): number | null {
-  const told =
-    listed.contextLength ?? countOf(fieldsOf(props["default_generation_settings"])["n_ctx"]);
+  const settings = fieldsOf(props["default_generation_settings"]);
+  const told = listed.contextLength ?? countOf(settings["n_ctx"]);
   const whole = argument(args, "--ctx-size");
-  const parts = argument(args, "--parallel");
-  if (told !== null || whole === null || parts === null) return told;
-  return args.includes("--kv-unified") ? whole : Math.floor(whole / parts);
+  if (told !== null || whole === null) return told;
+  // As many slots as it likes share one context; a number of slots divides it, unless told not to.
+  const parts = args.includes("--kv-unified") ? null : argument(args, "--parallel");
+  return Math.floor(whole / (parts ?? 1));
 }
 
 /** One card is as many models as it has names. */
@@ -91,6 +92,7 @@ export const llamacpp: Engine = {
   ...openai,
   kind: "llamacpp",
   slots: 4,
+  takesAnyName: true,
   // Never `/slots`: it wakes a sleeping model.
   async look(connection, signal) {
     const [{ loading, items }, told] = await Promise.all([

@@ -1,11 +1,24 @@
 /** A real Ollama behind the gateway, used through the official OpenAI SDK. */
 import assert from "node:assert/strict";
 import test from "node:test";
-import { open, parseSse, send, until } from "../support/client.ts";
+import { open, parseSse, send, sleep, until } from "../support/client.ts";
 import { type Gateway, startGateway } from "../support/gateway.ts";
-import { cosine, isFree, missing, sdk, type Service, startOllama, STORY } from "./support.ts";
+import {
+  cosine,
+  isFree,
+  knownOf,
+  missing,
+  sdk,
+  type Service,
+  startOllama,
+  STORY,
+} from "./support.ts";
 
 const skip = missing("ollama");
+
+const HEALTH_MS = 100;
+/** One for every load of a model in Ollama's log. */
+const LOAD = /msg="starting llama-server"/;
 
 let ollama: Service;
 let gateway: Gateway;
@@ -13,7 +26,9 @@ let gateway: Gateway;
 async function withOllama(run: () => Promise<void>): Promise<void> {
   ollama = await startOllama();
   gateway = await startGateway({
-    config: { backends: [{ id: "real", kind: "ollama", url: ollama.url }] },
+    config: {
+      backends: [{ id: "real", kind: "ollama", url: ollama.url, healthInterval: HEALTH_MS }],
+    },
   });
   try {
     await run();
@@ -40,6 +55,75 @@ test("real Ollama", { skip, timeout: 180_000 }, async (suite) => {
         status: 404,
         code: "model_not_found",
       });
+    });
+
+    await suite.test("knows what is on disk, and its probes load nothing of it", async () => {
+      await sleep(5 * HEALTH_MS);
+      const known = await knownOf(gateway.url, "real");
+      const facts = (name: string) => {
+        const { residency, slots, vramBytes, contextLength, capabilities } = known.get(name) ?? {};
+        return { residency, slots, vramBytes, contextLength, capabilities };
+      };
+      const cold = { residency: "cold", slots: 1, vramBytes: null };
+      assert.deepEqual(facts("smol-a:latest"), {
+        ...cold,
+        contextLength: 8192,
+        capabilities: ["completion"],
+      });
+      // Of this one /api/tags has no context and the wrong capability.
+      assert.deepEqual(facts("minilm:latest"), {
+        ...cold,
+        contextLength: 512,
+        capabilities: ["embedding"],
+      });
+      assert.doesNotMatch(ollama.output(), LOAD);
+    });
+
+    await suite.test("follows what is loaded and unloaded", async () => {
+      const smol = async () => (await knownOf(gateway.url, "real")).get("smol-a:latest");
+      const becomes = (wanted: string) =>
+        until(async () => (await smol())?.residency === wanted, 5000);
+      await client.chat.completions.create({ model: "smol-a", messages: STORY, max_tokens: 2 });
+      assert.ok(await becomes("loaded"));
+      const ps = (await send(`${ollama.url}/api/ps`)).json().models as [Record<string, unknown>];
+      const known = await smol();
+      assert.deepEqual(
+        [known?.contextLength, known?.sizeBytes, known?.vramBytes, known?.digest],
+        [2048, ps[0].size, ps[0].size_vram, ps[0].digest],
+      );
+      assert.equal((await knownOf(gateway.url, "real")).get("smol-b:latest")?.residency, "cold");
+      await send(`${ollama.url}/api/generate`, { model: "smol-a", keep_alive: 0 });
+      assert.ok(await becomes("cold"));
+      await sleep(5 * HEALTH_MS);
+      assert.equal(ollama.output().match(new RegExp(LOAD, "g"))?.length, 1);
+    });
+
+    await suite.test("says what Ollama cannot do, which itself says nothing", async () => {
+      const call = { type: "function", function: { name: "f", parameters: { type: "object" } } };
+      const image = { type: "image_url", image_url: { url: "http://127.0.0.1/x.png" } };
+      const refused: [path: string, body: Record<string, unknown>, param: string][] = [
+        ["chat/completions", { messages: STORY, n: 2 }, "n"],
+        ["chat/completions", { messages: STORY, logit_bias: { "5": 1 } }, "logit_bias"],
+        [
+          "chat/completions",
+          { messages: STORY, tools: [call], tool_choice: "required" },
+          "tool_choice",
+        ],
+        ["chat/completions", { messages: [{ role: "user", content: [image] }] }, "messages"],
+        ["completions", { prompt: ["a", "b"] }, "prompt"],
+        ["embeddings", { input: [1, 2] }, "input"],
+      ];
+      for (const [path, body, param] of refused) {
+        const wanted = { model: "smol-a", max_tokens: 1, ...body };
+        const answer = await send(`${gateway.url}/v1/${path}`, wanted);
+        const error = answer.json().error as Record<string, unknown>;
+        assert.equal(answer.status, 400, answer.text);
+        assert.deepEqual([error.code, error.param], ["unsupported_parameter", param]);
+        assert.match(String(error.message), /ollama/);
+      }
+      const unable = await send(`${gateway.url}/v1/embeddings`, { model: "smol-a", input: "x" });
+      assert.equal(unable.status, 501, unable.text);
+      assert.match(unable.text, /"unsupported_endpoint"/);
     });
 
     await suite.test("answers a chat, with and without the tag", async () => {

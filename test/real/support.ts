@@ -4,11 +4,13 @@
  */
 import { type ChildProcess, spawn } from "node:child_process";
 import { accessSync } from "node:fs";
+import { mkdtemp, rm, symlink } from "node:fs/promises";
 import net from "node:net";
-import { homedir } from "node:os";
+import { homedir, tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import OpenAI from "openai";
+import type { Snapshot, Target } from "../../src/core/snapshot.ts";
 import { until } from "../support/client.ts";
 
 const CACHE = process.env.TIDEGATE_REAL_CACHE ?? join(homedir(), ".cache", "tidegate-workshop");
@@ -67,6 +69,8 @@ export function isFree(port: number): Promise<boolean> {
 export interface Service {
   url: string;
   port: number;
+  /** What it has written so far. */
+  output: () => string;
   kill: (signal: NodeJS.Signals) => void;
   stop: () => Promise<void>;
 }
@@ -90,8 +94,14 @@ async function start(
   });
   running.add(child);
   let output = "";
-  child.stdout.on("data", (bytes: Buffer) => (output = (output + bytes.toString()).slice(-8000)));
-  child.stderr.on("data", (bytes: Buffer) => (output = (output + bytes.toString()).slice(-8000)));
+  child.stdout.on(
+    "data",
+    (bytes: Buffer) => (output = (output + bytes.toString()).slice(-200_000)),
+  );
+  child.stderr.on(
+    "data",
+    (bytes: Buffer) => (output = (output + bytes.toString()).slice(-200_000)),
+  );
   let isOver = false;
   const exited = new Promise<void>((resolve) => {
     child.once("close", () => {
@@ -109,9 +119,15 @@ async function start(
   };
   if (!(await until(async () => isOver || (await isUp(readyUrl)), 30_000)) || isOver) {
     await stop();
-    throw new Error(`${file} did not start:\n${output}`);
+    throw new Error(`${file} did not start:\n${output.slice(-8000)}`);
   }
-  return { url: `http://127.0.0.1:${port}`, port, kill: (signal) => void child.kill(signal), stop };
+  return {
+    url: `http://127.0.0.1:${port}`,
+    port,
+    output: () => output,
+    kill: (signal) => void child.kill(signal),
+    stop,
+  };
 }
 
 async function isUp(url: string): Promise<boolean> {
@@ -146,19 +162,61 @@ export async function startOllama(wantedPort?: number): Promise<Service> {
 }
 
 /** llama.cpp with one model: `smol-a` with two slots, or MiniLM for embeddings. */
-export async function startLlamaServer(model: "smol-a" | "minilm"): Promise<Service> {
-  const [port = 0] = await freePorts(1);
+export async function startLlamaServer(
+  model: "smol-a" | "minilm",
+  ...more: string[]
+): Promise<Service> {
   const own =
     model === "minilm"
       ? ["-m", join(CACHE, "models/minilm-f16.gguf"), "--embeddings"]
       : ["-m", join(CACHE, "models/smol-a.gguf"), "-c", "4096", "-np", "2"];
+  return await llamaServer([...own, "--alias", model, ...more]);
+}
+
+/** llama.cpp as a router over `smol-a` and `smol-b`, with room for one of them. */
+export async function startLlamaRouter(): Promise<Service> {
+  const folder = await mkdtemp(join(tmpdir(), "tidegate-router-"));
+  for (const file of ["smol-a.gguf", "smol-b.gguf"]) {
+    await symlink(join(CACHE, "models", file), join(folder, file));
+  }
+  const room = ["--models-max", "1", "-c", "1024", "-np", "1"];
+  const router = await llamaServer(["--models-dir", folder, ...room]);
+  return {
+    ...router,
+    async stop() {
+      await router.stop();
+      await rm(folder, { recursive: true, force: true });
+    },
+  };
+}
+
+async function llamaServer(own: string[]): Promise<Service> {
+  const [port = 0] = await freePorts(1);
   return start(
     "lib/ollama/llama-server",
-    [...own, "--alias", model, "--host", "127.0.0.1", "--port", String(port), "-t", "1"],
+    [...own, "--host", "127.0.0.1", "--port", String(port), "-t", "1"],
     {},
     port,
     `http://127.0.0.1:${port}/health`,
   );
+}
+
+/** What the gateway's snapshot says of a model on a backend. */
+export interface Known extends Target {
+  contextLength: number | null;
+  capabilities: string[];
+}
+
+/** Every model of a backend as `GET /admin/api/snapshot` has it, by name. */
+export async function knownOf(gatewayUrl: string, backend: string): Promise<Map<string, Known>> {
+  const response = await fetch(`${gatewayUrl}/admin/api/snapshot`);
+  const { models } = (await response.json()) as Snapshot;
+  const known = new Map<string, Known>();
+  for (const { name, contextLength, capabilities, targets } of models) {
+    const target = targets.find((each) => each.backend === backend);
+    if (target !== undefined) known.set(name, { ...target, contextLength, capabilities });
+  }
+  return known;
 }
 
 export interface Jaeger extends Service {

@@ -517,6 +517,7 @@ describe("llamacpp, a router", () => {
       card("both", cold("--ctx-size", "4096", "--parallel", "2")),
       card("unified", cold("--ctx-size", "4096", "--parallel", "2", "--kv-unified")),
       card("slots", cold("--parallel", "3")),
+      card("context", cold("--ctx-size", "4096")),
       card("auto", cold("--ctx-size", "0", "--parallel", "-1")),
       card("embeds", cold("--embedding")),
     );
@@ -531,6 +532,7 @@ describe("llamacpp, a router", () => {
         ["both", 2048, 2, "completion"],
         ["unified", 4096, 2, "completion"],
         ["slots", null, 3, "completion"],
+        ["context", 4096, null, "completion"],
         ["auto", null, null, "completion"],
         ["embeds", null, null, "embedding"],
       ],
