@@ -115,6 +115,7 @@ export async function startGateway(
     reloaded: () => reloader.last?.ok ?? true,
   };
 
+  let traced: Promise<void> = Promise.resolve();
   let firstRound = false;
   let draining = false;
   measure();
@@ -165,14 +166,17 @@ export async function startGateway(
     }
   }
 
-  /** Exports as the configuration says from now on. */
-  async function trace() {
-    const { telemetry } = plane.config;
-    const before = plane.tracing;
-    const running = [...exchanges];
-    const wanted = tracingWanted(telemetry, host.environment);
-    plane.tracing = wanted ? await startTracing(telemetry, host.environment) : untraced;
-    void retire(before, running);
+  /** Exports as the configuration says from now on; one change after the other, the newest last. */
+  function trace(): Promise<void> {
+    const changed = traced.then(async () => {
+      const { telemetry } = plane.config;
+      const wanted = tracingWanted(telemetry, host.environment);
+      const next = wanted ? await startTracing(telemetry, host.environment) : untraced;
+      void retire(plane.tracing, [...exchanges]);
+      plane.tracing = next;
+    });
+    traced = changed.catch(() => {});
+    return changed;
   }
 
   /** Spans of running requests still go the old way. */

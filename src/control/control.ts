@@ -50,8 +50,8 @@ export class Control {
   readonly #names: Names;
   readonly #search = new Search(() => void this.#follow("found on this machine"));
   #config: Config | null = null;
-  /** A configuration is about to take effect: what comes up meanwhile is taken up by it. */
-  #configuring = false;
+  /** Whatever changes the set of backends happens one after the other, each from the newest facts. */
+  #queue: Promise<unknown> = Promise.resolve();
   #warnings: readonly string[] = [];
 
   constructor(options: ControlOptions) {
@@ -65,6 +65,7 @@ export class Control {
       report: (id, seen) => this.#report(id, seen),
       seen: (id) => this.#registry.seen(id),
       flowing,
+      now,
       random,
     });
     this.#names = new Names({
@@ -122,12 +123,11 @@ export class Control {
    * @param commit is called in the same turn as the new snapshot is published.
    * @returns what happened to each backend, and when the first probes of all of them are done.
    */
-  async configure(
+  configure(
     config: Config,
     commit: () => void,
   ): Promise<{ backends: BackendAction[]; probed: Promise<void> }> {
-    this.#configuring = true;
-    try {
+    return this.#inTurn(async () => {
       await this.#names.configure(config.backends);
       if (config.backends.length === 0) await this.#search.start(config.server.port);
       else this.#search.stop();
@@ -136,9 +136,7 @@ export class Control {
       this.#config = config;
       commit();
       return this.#serve(config, wanted, looked, "configuration");
-    } finally {
-      this.#configuring = false;
-    }
+    });
   }
 
   /** What serving another configuration would mean for each backend. */
@@ -147,18 +145,27 @@ export class Control {
   }
 
   stop(): void {
+    this.#config = null;
     this.#prober.stop();
     this.#names.stop();
     this.#search.stop();
   }
 
+  #inTurn<T>(work: () => Promise<T>): Promise<T> {
+    const result = this.#queue.then(work);
+    this.#queue = result.catch(() => {});
+    return result;
+  }
+
   /** What there is has changed under the same configuration. */
-  async #follow(why: string): Promise<void> {
-    const config = this.#config;
-    if (config === null || this.#configuring) return;
-    const wanted = this.#wantedBy(config);
-    const looked = await this.#firstLook(wanted);
-    if (this.#config === config && !this.#configuring) this.#serve(config, wanted, looked, why);
+  #follow(why: string): Promise<void> {
+    return this.#inTurn(async () => {
+      const config = this.#config;
+      if (config === null) return;
+      const wanted = this.#wantedBy(config);
+      const looked = await this.#firstLook(wanted);
+      if (this.#config === config) this.#serve(config, wanted, looked, why);
+    });
   }
 
   #wantedBy(config: Config): Wanted[] {
@@ -173,16 +180,12 @@ export class Control {
     const looks = wanted.map(async (backend) => {
       const was = known.get(backend.id);
       if (was !== undefined && isSamePlace(was, backend)) return;
-      const seen = await lookAt(backend, null).catch(() => null);
+      const timeout = Math.min(backend.timeout, FIRST_LOOK_MS);
+      const seen = await lookAt({ ...backend, timeout }, null).catch(() => null);
       if (seen !== null) looked.set(backend.id, seen);
     });
-    let timer;
-    const limit = new Promise<void>((resolve) => {
-      timer = setTimeout(resolve, FIRST_LOOK_MS);
-    });
-    await Promise.race([Promise.all(looks), limit]);
-    clearTimeout(timer);
-    return new Map(looked);
+    await Promise.all(looks);
+    return looked;
   }
 
   #serve(config: Config, wanted: Wanted[], looked: ReadonlyMap<string, Seen>, why: string) {

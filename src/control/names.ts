@@ -17,7 +17,8 @@ export interface Address {
 
 /**
  * The A records of a host name. A name that DNS does not know is asked of the system as well, which
- * completes short names and reads its hosts file, but tells no time to live.
+ * completes short names and reads its hosts file, but tells no time to live. On Deno a name whose server
+ * is broken looks unknown as well: there the system's words, which tell the two apart, are the last.
  *
  * @throws Error when nobody could be asked, or nobody knows the name
  */
@@ -33,6 +34,10 @@ export async function resolveA(
     const found = await lookup(host, { all: true, family: 4 });
     return found.map(({ address }) => ({ address, ttl: 0 }));
   }
+}
+
+function hostOf({ url = "" }: BackendConfig): string {
+  return new URL(url).hostname;
 }
 
 /** The name is known to have no address, as opposed to nobody having answered. */
@@ -83,13 +88,16 @@ export class Names {
 
   /** Follows the names of these backends and no others. Resolves when each has been looked up once. */
   async configure(backends: readonly BackendConfig[]): Promise<void> {
-    clearTimeout(this.#timer);
-    this.#backends = backends.filter(({ discover }) => discover === "dns");
-    for (const id of this.#known.keys()) {
-      if (!this.#backends.some((backend) => backend.id === id)) this.#known.delete(id);
+    this.stop();
+    this.#failures.clear();
+    const followed = backends.filter(({ discover }) => discover === "dns");
+    this.#backends = followed;
+    for (const [id, { host }] of this.#known) {
+      const isSame = followed.some((backend) => backend.id === id && hostOf(backend) === host);
+      if (!isSame) this.#known.delete(id);
     }
-    await this.#lookUp();
-    this.#arm();
+    await this.#lookUp(followed);
+    this.#arm(followed);
   }
 
   stop(): void {
@@ -114,39 +122,43 @@ export class Names {
     });
   }
 
-  #arm() {
-    if (this.#backends.length === 0) return;
+  #arm(followed: readonly BackendConfig[]) {
+    if (followed !== this.#backends || followed.length === 0) return;
     this.#timer = setTimeout(() => {
-      void this.#lookUp().then((isOther) => {
+      void this.#lookUp(followed).then((isOther) => {
         if (isOther) this.#options.changed();
-        this.#arm();
+        this.#arm(followed);
       });
     }, REFRESH_MS);
   }
 
-  /** @returns true when another set of addresses holds than before. */
-  async #lookUp(): Promise<boolean> {
-    const changes = await Promise.all(this.#backends.map((backend) => this.#lookUpOne(backend)));
-    return changes.includes(true);
+  /**
+   * @param followed those that were followed when it began: an answer for others is none.
+   * @returns true when another set of addresses holds than before.
+   */
+  async #lookUp(followed: readonly BackendConfig[]): Promise<boolean> {
+    const looks = followed.map(async (backend) => {
+      const answer = await this.#options.resolve(hostOf(backend)).catch((error: Error) => error);
+      return followed === this.#backends && this.#take(backend, answer);
+    });
+    return (await Promise.all(looks)).includes(true);
   }
 
-  async #lookUpOne({ id, url = "" }: BackendConfig): Promise<boolean> {
-    const { hostname: host } = new URL(url);
-    const known = this.#known.get(id);
-    const before = known?.host === host ? known.addresses : new Map<string, number>();
-    let answer: Address[] = [];
-    try {
-      answer = await this.#options.resolve(host);
-      this.#failures.delete(id);
-    } catch (error) {
-      const reason = error instanceof Error ? error.message : String(error);
-      if (this.#failures.get(id) !== reason) this.#options.failed(id, reason);
-      this.#failures.set(id, reason);
+  #take(backend: BackendConfig, answer: readonly Address[] | Error): boolean {
+    const { id } = backend;
+    const before = this.#known.get(id)?.addresses ?? new Map<string, number>();
+    if (answer instanceof Error) {
+      const { message } = answer;
+      if (this.#failures.get(id) !== message) this.#options.failed(id, message);
+      this.#failures.set(id, message);
       // Whoever does not answer has not said that they are gone.
-      if (!isGone(error)) return false;
+      if (!isGone(answer)) return false;
+    } else {
+      this.#failures.delete(id);
     }
-    const addresses = addressesAfter(before, answer, this.#options.now());
-    this.#known.set(id, { host, addresses });
+    const fresh = answer instanceof Error ? [] : answer;
+    const addresses = addressesAfter(before, fresh, this.#options.now());
+    this.#known.set(id, { host: hostOf(backend), addresses });
     return [...addresses.keys()].toSorted().join() !== [...before.keys()].toSorted().join();
   }
 }

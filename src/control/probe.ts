@@ -97,6 +97,8 @@ export interface ProberOptions {
   seen: (id: string) => Seen | undefined;
   /** Tokens flowed from this backend within the last so many milliseconds. */
   flowing: (id: string, withinMs: number) => boolean;
+  /** Monotonic milliseconds. */
+  now: () => number;
   /** From 0 up to 1, for jitter. */
   random: () => number;
 }
@@ -107,6 +109,8 @@ const JITTER = 0.1;
 /** One backend under watch. */
 interface Watch {
   backend: Wanted;
+  /** As found out, for as long as it answers: a busy engine may be too slow to say it again. */
+  kind: Kind | null;
   /** Failed probes in a row. */
   failures: number;
   running: Promise<boolean> | null;
@@ -128,7 +132,7 @@ export class Prober {
    * Watches these backends and no others. Each new or changed one is probed now.
    *
    * @param looked those that have just been looked at: they are probed after their interval.
-   * @returns resolves when every new one has been looked at.
+   * @returns resolves when every new or changed one has been looked at.
    */
   async configure(wanted: readonly Wanted[], looked: ReadonlyMap<string, Seen>): Promise<void> {
     const before = new Map(this.#watches);
@@ -136,27 +140,30 @@ export class Prober {
     const rounds: Promise<void>[] = [];
     for (const backend of wanted) {
       const known = before.get(backend.id);
-      if (known !== undefined && JSON.stringify(known.backend) === JSON.stringify(backend)) {
-        this.#watches.set(backend.id, known);
+      if (known !== undefined && isSamePlace(known.backend, backend)) {
         before.delete(backend.id);
+        this.#watches.set(backend.id, known);
+        if (JSON.stringify(known.backend) === JSON.stringify(backend)) continue;
+        known.backend = backend;
+        // The probe under way still goes by what was configured when it began.
+        rounds.push(Promise.resolve(known.running).then(() => this.#round(known)));
         continue;
       }
-      const same = known !== undefined && isSamePlace(known.backend, backend);
       const watch: Watch = {
         backend,
-        failures: same ? known.failures : 0,
+        kind: looked.get(backend.id)?.kind ?? null,
+        failures: 0,
         running: null,
         next: undefined,
         stale: undefined,
         stopped: false,
       };
       this.#watches.set(backend.id, watch);
-      const seen = looked.get(backend.id);
-      if (seen === undefined) {
-        rounds.push(this.#round(watch));
-      } else {
-        this.#report(watch, seen);
+      if (looked.has(backend.id)) {
+        this.#outdate(watch, this.#options.seen(backend.id) ?? unseen(backend));
         this.#arm(watch, 0);
+      } else {
+        rounds.push(this.#round(watch));
       }
     }
     for (const watch of before.values()) stop(watch);
@@ -184,25 +191,26 @@ export class Prober {
   }
 
   async #round(watch: Watch): Promise<void> {
-    const startedAt = performance.now();
+    if (watch.stopped) return;
+    const startedAt = this.#options.now();
     await this.#check(watch);
     // From start to start: a probe that took its whole time-out does not put the next one off.
-    if (!watch.stopped) this.#arm(watch, performance.now() - startedAt);
+    if (!watch.stopped) this.#arm(watch, this.#options.now() - startedAt);
   }
 
   #arm(watch: Watch, elapsed: number) {
     const interval = watch.backend.healthInterval * (1 - JITTER * this.#options.random());
     const left = Math.max(0, interval - elapsed);
+    clearTimeout(watch.next);
     watch.next = setTimeout(() => void this.#round(watch), Math.min(left, LONGEST_MS));
   }
 
   async #probe(watch: Watch): Promise<boolean> {
-    const { backend, failures } = watch;
+    const { backend } = watch;
     const before = this.#options.seen(backend.id) ?? unseen(backend);
-    // A kind once found out holds as long as it answers: a busy engine may be too slow to say it again.
-    const known = before.checkedAt !== null && failures === 0 ? before.kind : null;
     try {
-      const seen = await lookAt(backend, known);
+      const seen = await lookAt(backend, watch.kind);
+      watch.kind = seen.kind;
       watch.failures = 0;
       // An engine that is still loading lists nothing yet.
       this.#report(watch, seen.health === "healthy" ? seen : { ...seen, models: before.models });
@@ -214,6 +222,7 @@ export class Prober {
         this.#report(watch, seen);
         return true;
       }
+      watch.kind = null;
       watch.failures++;
       const health = watch.failures >= FAILURES_TO_UNHEALTHY ? "unhealthy" : "degraded";
       const reason = error instanceof Error ? error.message : String(error);
@@ -224,10 +233,15 @@ export class Prober {
 
   #report(watch: Watch, seen: Seen) {
     if (watch.stopped) return;
+    this.#options.report(watch.backend.id, seen);
+    this.#outdate(watch, seen);
+  }
+
+  /** Says when what was seen has become too old to go by. */
+  #outdate(watch: Watch, seen: Seen) {
     const { id, healthInterval, timeout, staleAfterMs } = watch.backend;
-    this.#options.report(id, seen);
-    clearTimeout(watch.stale);
     const lifetime = staleAfterMs ?? 3 * healthInterval + timeout;
+    clearTimeout(watch.stale);
     watch.stale = setTimeout(
       () => {
         const reason = `last looked at ${lifetime} ms ago`;

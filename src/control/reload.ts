@@ -1,6 +1,7 @@
 import { unwatchFile, watchFile } from "node:fs";
 import {
   ConfigError,
+  isLoopback,
   loadSettings,
   settle,
   watchedFiles,
@@ -30,6 +31,8 @@ export interface LastReload {
 
 /** The socket is open already. */
 const NEED_RESTART = ["server.host", "server.port"];
+/** The source of a configuration that no file is part of. */
+const NO_FILE = "defaults";
 const WATCH_MS = 1000;
 
 export interface ReloaderOptions {
@@ -84,7 +87,7 @@ export class Reloader {
   compare(file: unknown): Difference & { settings: Settings } {
     const { sources } = this.#options;
     const settings = settle(file, "the request's body", sources);
-    return { ...this.#difference(settings), settings };
+    return { ...this.#difference(settings), settings: this.#onSocket(settings) };
   }
 
   /** Reloads whenever the file has changed: by polling, which sees renames and symlinks as well. */
@@ -111,10 +114,20 @@ export class Reloader {
     return { changes, restart: NEED_RESTART.filter((path) => paths.includes(path)) };
   }
 
-  /** Address and port stay those of the socket that is open. */
-  #keepSocket(settings: Settings): Settings {
+  /** What was read, but on the socket that is open: its address and port stay. */
+  #onSocket(settings: Settings): Settings {
     const { config, values } = this.#settings;
     const { host, port } = config.server;
+    const { insecure } = settings.config.server;
+    const keys = settings.config.auth.keys.length + settings.environmentKeys.length;
+    if (!isLoopback(host) && !insecure && keys === 0) {
+      const expected =
+        `who may call, since the socket stays open on ${host} until a restart: keep a key, ` +
+        "or set server.insecure: true to let everyone in";
+      throw new ConfigError(settings.source, [
+        { path: "auth.keys", value: [], expected, suggestion: null },
+      ]);
+    }
     const stays = (value: Value) =>
       values.find(({ path }) => path === value.path && NEED_RESTART.includes(path)) ?? value;
     return {
@@ -124,11 +137,28 @@ export class Reloader {
     };
   }
 
+  async #load(): Promise<Settings> {
+    const settings = await loadSettings(this.#options.sources);
+    const { source } = this.#settings;
+    if (settings.source === source || settings.source !== NO_FILE) return settings;
+    // Editors and deployments take a file away before they put the next one there.
+    const expected = "the file, which is gone: put it back, or restart to go without";
+    throw new ConfigError(source, [{ path: "", value: undefined, expected, suggestion: null }]);
+  }
+
   async #reload(trigger: string): Promise<Difference & { backends: BackendAction[] }> {
-    const { sources, log, swap, done } = this.#options;
-    let settings: Settings;
+    const { log, swap, done } = this.#options;
     try {
-      settings = await loadSettings(sources);
+      const read = await this.#load();
+      const settings = this.#onSocket(read);
+      const { changes, restart } = this.#difference(read);
+      const backends = await swap(settings);
+      this.#settings = settings;
+      this.#last = { at: Date.now(), ok: true, changes, errors: [] };
+      log.info("configuration reloaded", { trigger, changes, restart });
+      for (const note of settings.notes) log.warn(note);
+      done(true);
+      return { changes, restart, backends };
     } catch (error) {
       const errors = error instanceof ConfigError ? error.mistakes : [];
       this.#last = { at: Date.now(), ok: false, changes: [], errors };
@@ -137,14 +167,5 @@ export class Reloader {
       done(false);
       throw error;
     }
-    const difference = this.#difference(settings);
-    const { changes, restart } = difference;
-    this.#settings = this.#keepSocket(settings);
-    const backends = await swap(this.#settings);
-    this.#last = { at: Date.now(), ok: true, changes, errors: [] };
-    log.info("configuration reloaded", { trigger, changes, restart });
-    for (const note of settings.notes) log.warn(note);
-    done(true);
-    return { ...difference, backends };
   }
 }

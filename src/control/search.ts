@@ -55,16 +55,19 @@ async function look(name: string, port: number): Promise<Place> {
  */
 export class Search {
   readonly #found: () => void;
+  readonly #ports: typeof USUAL_PORTS;
   readonly #counts = new Map<string, number>();
   readonly #ids = new Map<string, string>();
   #places: Place[] = [];
   #ownPort = 0;
-  #searching = false;
+  /** Counts starts and stops: what a look finds that began under an earlier one is too late. */
+  #turn = 0;
   #timer: ReturnType<typeof setTimeout> | undefined;
 
   /** @param found is called when an engine has come up. */
-  constructor(found: () => void) {
+  constructor(found: () => void, ports = USUAL_PORTS) {
     this.#found = found;
+    this.#ports = ports;
   }
 
   /** Every place and what is there; empty while nobody searches. */
@@ -79,14 +82,14 @@ export class Search {
    */
   async start(ownPort: number): Promise<void> {
     clearTimeout(this.#timer);
-    this.#searching = true;
+    const turn = ++this.#turn;
     this.#ownPort = ownPort;
-    await this.#look(({ kind }) => kind !== null);
-    this.#arm();
+    await this.#look(turn, ({ kind }) => kind !== null);
+    this.#arm(turn);
   }
 
   stop(): void {
-    this.#searching = false;
+    this.#turn++;
     clearTimeout(this.#timer);
     this.#places = [];
   }
@@ -108,12 +111,12 @@ export class Search {
     return id;
   }
 
-  #arm() {
-    if (!this.#searching) return;
+  #arm(turn: number) {
+    if (turn !== this.#turn) return;
     this.#timer = setTimeout(() => {
-      void this.#look(({ answered }) => answered).then((isMore) => {
-        if (isMore && this.#searching) this.#found();
-        this.#arm();
+      void this.#look(turn, ({ answered }) => answered).then((isMore) => {
+        if (isMore) this.#found();
+        this.#arm(turn);
       });
     }, AGAIN_MS);
   }
@@ -122,14 +125,18 @@ export class Search {
    * @param leave which places need not be looked at again.
    * @returns true when an engine was found that was not there before.
    */
-  async #look(leave: (place: Place) => boolean): Promise<boolean> {
+  async #look(turn: number, leave: (place: Place) => boolean): Promise<boolean> {
     const before = this.#places;
-    const ports = USUAL_PORTS.filter(([, port]) => port !== this.#ownPort);
+    const ports = this.#ports.filter(([, port]) => port !== this.#ownPort);
     const looks = ports.map(async ([name, port]) => {
       const known = before.find(({ url }) => url.endsWith(`:${port}`));
       return known !== undefined && leave(known) ? known : await look(name, port);
     });
-    this.#places = await Promise.all(looks);
-    return this.#places.some(({ kind }, at) => kind !== null && before[at]?.kind !== kind);
+    const places = await Promise.all(looks);
+    if (turn !== this.#turn) return false;
+    this.#places = places;
+    return places.some(
+      ({ kind, url }) => kind !== null && before.find((was) => was.url === url)?.kind !== kind,
+    );
   }
 }

@@ -160,6 +160,11 @@ export class Fleet {
       this.#lives.delete(id);
       this.#close(live);
     }
+    const names = new Set(snapshot.models.map(({ name }) => name));
+    for (const [name, { running, places }] of this.#shares) {
+      // Those that still run or wait somewhere lower these very counters when they end.
+      if (!names.has(name) && running.used + places.used === 0) this.#shares.delete(name);
+    }
     for (const live of turned) this.#run(live, { type: "recall" });
     this.#offer();
   }
