@@ -12,7 +12,14 @@ export default defineConfig({
   //   allowedOrigins: [], // web origins beside loopback ones; "*" for all
   // },
   // backends: [
-  //   { id: "ollama", kind: "ollama", url: "http://127.0.0.1:11434" },
+  //   {
+  //     id: "ollama",
+  //     kind: "ollama",
+  //     url: "http://127.0.0.1:11434",
+  //     include: ["llama3*", "mistral:*"], // of the discovered models only these; * is any text
+  //     exclude: ["*-embed"], // and not these
+  //     allowCloud: false, // true: also models that run on other people's machines
+  //   },
   //   {
   //     id: "vllm",
   //     kind: "vllm", // absent: found out by asking the engine
@@ -23,7 +30,10 @@ export default defineConfig({
   //     weight: 1, // its share among equals
   //     healthInterval: 5000, // ms between probes
   //     timeout: 3000, // ms a probe may take
+  //     staleAfterMs: 18_000, // older knowledge is no knowledge; absent: 3 × healthInterval + timeout
   //   },
+  //   // Each address of the name is a backend of its own.
+  //   { id: "pods", kind: "vllm", url: "http://vllm.internal:8000", discover: "dns" },
   // ],
   // models: {
   //   "qwen2.5:14b": {
@@ -63,5 +73,9 @@ export default defineConfig({
   //   otlpEndpoint: "http://127.0.0.1:4318", // absent: no traces
   //   serviceName: "tidegate",
   //   sampling: 1, // 0 to 1
+  // },
+  // admin: {
+  //   enabled: true, // GET, POST /admin/api/…
+  //   key: "${MY_ADMIN_KEY}", // needed from everywhere; absent: callers on this machine only
   // },
 });

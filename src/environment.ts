@@ -57,14 +57,14 @@ export function variableFor(path: string, environment: Environment): string | nu
   return setting.at(-1)?.[0] ?? null;
 }
 
-/** `kind=url,kind=url`; the ids are the kind, then `kind-2`. */
+/** `kind=url,kind=url`; the ids are the kind, then `kind-2`. One that needs no URL is `kind=`. */
 function backendsFrom(list: string): Tree[] {
   const counts = new Map<string, number>();
   return entriesOf(list).map((entry) => {
     const [, kind, url = entry] = /^([\w-]+)=(.*)$/.exec(entry) ?? [];
-    const name = kind ?? "backend";
-    const id = numbered(name, counts);
-    return kind === undefined ? { id, url } : { id, kind, url };
+    const id = numbered(kind ?? "backend", counts);
+    if (kind === undefined) return { id, url };
+    return url === "" ? { id, kind } : { id, kind, url };
   });
 }
 
@@ -103,13 +103,20 @@ export function strangers(environment: Environment): string[] {
     });
 }
 
+/** More than any key of ours is deep: beyond it the stack would be in danger. */
+const DEEPEST = 20;
+
 /** Replaces `${VAR}` and `${VAR:-default}` in every string of the file. */
 export function interpolate(
   value: unknown,
   environment: Environment,
   path: readonly PropertyKey[],
-  missing: (path: readonly PropertyKey[], mistake: Omit<Mistake, "path">) => void,
+  mistaken: (path: readonly PropertyKey[], mistake: Omit<Mistake, "path">) => void,
 ): unknown {
+  if (path.length > DEEPEST) {
+    mistaken(path, { value: "…", expected: "nothing nested so deep", suggestion: null });
+    return null;
+  }
   if (typeof value === "string") {
     let whole = value;
     let complete = true;
@@ -121,7 +128,7 @@ export function interpolate(
         if (replacement !== undefined) return replacement;
         complete = false;
         const expected = `environment variable ${name} to be set, or a default as in \${${name}:-…}`;
-        missing(path, { value: found, expected, suggestion: null });
+        mistaken(path, { value: found, expected, suggestion: null });
         return found;
       },
     );
@@ -129,11 +136,11 @@ export function interpolate(
     return complete && whole === value && text !== value ? coerce(path, text) : text;
   }
   if (Array.isArray(value)) {
-    return value.map((each, at) => interpolate(each, environment, [...path, at], missing));
+    return value.map((each, at) => interpolate(each, environment, [...path, at], mistaken));
   }
   if (typeof value !== "object" || value === null) return value;
   const entries = Object.entries(value).map(
-    ([key, each]) => [key, interpolate(each, environment, [...path, key], missing)] as const,
+    ([key, each]) => [key, interpolate(each, environment, [...path, key], mistaken)] as const,
   );
   return Object.fromEntries(entries);
 }

@@ -58,6 +58,12 @@ export class ConfigError extends Error {
   }
 }
 
+const FLAGS = [
+  ["host", "--host", "server.host"],
+  ["port", "--port", "server.port"],
+  ["logLevel", "--log-level", "server.logLevel"],
+] as const;
+
 const FILES = ["gateway.config.ts", "gateway.config.json", "gateway.config.yaml"];
 
 function namedFile({ flags, environment }: Sources): string | undefined {
@@ -106,16 +112,18 @@ export function settle(
   );
   const variables = treeFrom(environment);
   const { host, port, logLevel } = flags;
-  const raw = merge(merge(fileTree, variables), { server: { host, port, logLevel } });
+  const flagged = { server: { host, port, logLevel } };
+  const raw = merge(merge(fileTree, variables), flagged);
   const checked = check(raw);
-  if ("mistakes" in checked) {
-    mistakes.push(...checked.mistakes.map((mistake) => fromVariable(mistake, environment)));
-  }
   const environmentKeys = keysFrom(environment);
-  mistakes.push(...bindMistakes(checked, raw, environmentKeys));
+  const wrong = [
+    ...("mistakes" in checked ? checked.mistakes : []),
+    ...bindMistakes(checked, raw, environmentKeys),
+  ];
+  mistakes.push(...wrong.map((mistake) => withSource(mistake, flags, environment)));
   if (mistakes.length > 0 || !("config" in checked)) throw new ConfigError(source, mistakes);
   const values = valuesOf(checked.config, [
-    ["flag", { server: { host, port, logLevel } }],
+    ["flag", flagged],
     ["environment", variables],
     ["file", fileTree],
   ]);
@@ -142,16 +150,19 @@ function merge(base: unknown, over: Tree): unknown {
     if (value === undefined) continue;
     if (!isTree(value)) merged[key] = value;
     else if (Object.values(value).some((each) => each !== undefined)) {
-      merged[key] = merge(merged[key] ?? {}, value);
+      merged[key] = merge(merged[key] === undefined ? {} : merged[key], value);
     }
   }
   return merged;
 }
 
-function fromVariable(mistake: Mistake, environment: Environment): Mistake {
-  const variable = variableFor(mistake.path, environment);
-  if (variable === null) return mistake;
-  return { ...mistake, expected: `${mistake.expected} (it comes from ${variable})` };
+/** Says so where the value did not come from the file. */
+function withSource(mistake: Mistake, flags: Flags, environment: Environment): Mistake {
+  const { path } = mistake;
+  const flag = FLAGS.find(([key, , at]) => path === at && flags[key] !== undefined)?.[1];
+  const source = flag ?? variableFor(path, environment);
+  if (source === null) return mistake;
+  return { ...mistake, expected: `${mistake.expected} (it comes from ${source})` };
 }
 
 /** Loopback by name or number: 127.0.0.0/8, `::1`, `localhost`. */

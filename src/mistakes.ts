@@ -15,18 +15,26 @@ export interface Mistake {
 /** Keys of the contract that this version does not have yet: said so instead of guessed at. */
 const LATER = new Set(`gpu warm turnMs loadMs jwt tenants redis slowMs tenant`.split(/\s+/));
 
-const SECRET = /key|hash|auth|secret|password|redis|admin/i;
+const SECRET = /key|hash|auth|secret|password|token(?!s)|credential|bearer|redis|admin/i;
+
+/** A URL as it may be printed: without user, password and query, any of which may be a secret. */
+function shownUrl(text: string): string {
+  return text
+    .replaceAll(/(\w+:\/\/|https?:)\S*@/gi, "$1***@")
+    .replaceAll(/(\w+:\/\/[^\s?#]*[?#])\S+/g, "$1***");
+}
 
 /**
- * A value as it may be printed: nothing below a key that could hold a secret, no password in a URL.
+ * A value as it may be printed: nothing below a key that could hold a secret, and no secret in a URL.
  *
  * @param path of the value; names of models in it are nobody's secret.
  */
 export function shown(path: Path, value: unknown): unknown {
   if (typeof value !== "string" && (typeof value !== "object" || value === null)) return value;
+  if (Array.isArray(value) && value.length === 0) return value;
   const keys = path[0] === "models" ? path.toSpliced(1, 1) : path;
   if (keys.some((part) => SECRET.test(String(part)))) return "***";
-  if (typeof value === "string") return value.replaceAll(/\/\/[^@/]*@/g, "//***@");
+  if (typeof value === "string") return shownUrl(value);
   if (Array.isArray(value)) return value.map((each, at) => shown([...path, at], each));
   const entries = Object.entries(value).map(([key, each]) => [key, shown([...path, key], each)]);
   return Object.fromEntries(entries);
@@ -102,7 +110,9 @@ function uselessKeys(backend: Record<string, unknown>, at: number): Mistake[] {
   }
   if (backend["discover"] === undefined) return mistakes;
   const url = URL.parse(String(backend["url"]));
-  if (url?.protocol === "https:") {
+  if (backend["kind"] === "demo") {
+    useless("discover", "no such key: the demo engine is in this process");
+  } else if (url?.protocol === "https:") {
     useless("discover", "an http URL: a certificate is not for the addresses behind a name");
   } else if (url !== null && /^[\d.]+$|^\[/.test(url.hostname)) {
     useless("discover", "a host name in url, whose A records are looked up; this is an address");

@@ -11,9 +11,10 @@ export type FileReply = { value: unknown } | { reason: string };
  * Reads a configuration file into plain data, in a worker: a TypeScript file then sees the edits of
  * what it imports as well, and can neither hold up requests nor leave anything behind.
  *
+ * @param limitMs how long it may take.
  * @throws Error with the reason in words
  */
-export async function readConfigFile(path: string): Promise<unknown> {
+export async function readConfigFile(path: string, limitMs = READ_MS): Promise<unknown> {
   if (!/\.(?:ts|json|ya?ml)$/.test(path)) {
     throw new Error("its name has to end in .ts, .json or .yaml");
   }
@@ -22,7 +23,7 @@ export async function readConfigFile(path: string): Promise<unknown> {
     workerData: path,
   });
   const { promise, resolve, reject } = Promise.withResolvers<FileReply>();
-  const timer = setTimeout(() => reject(new Error(`it took longer than ${READ_MS} ms`)), READ_MS);
+  const timer = setTimeout(() => reject(new Error(`it took longer than ${limitMs} ms`)), limitMs);
   worker.on("message", resolve);
   worker.on("error", reject);
   worker.on("exit", () => reject(new Error("it ended the thread that read it")));

@@ -45,14 +45,20 @@ function leavesOf(value: unknown, path: Path = [], name = ""): Leaf[] {
   });
 }
 
-function isSetIn(tree: unknown, path: Path): boolean {
-  let value = tree;
-  for (const part of path) {
-    // A list given whole sets what is in it, defaults of its items included.
-    if (typeof value !== "object" || value === null) return false;
-    value = (value as Record<PropertyKey, unknown>)[part];
+/** Where a value comes from, given what was set, the strongest first. */
+function originOf(path: Path, layers: readonly [Origin, unknown][]): Origin {
+  for (const [origin, tree] of layers) {
+    let value = tree;
+    let inList = false;
+    for (const part of path) {
+      inList ||= Array.isArray(value);
+      value = isTree(value) || Array.isArray(value) ? Reflect.get(value, part) : undefined;
+    }
+    if (value !== undefined) return origin;
+    // A list is replaced whole: what it leaves out is nobody else's.
+    if (inList) return "default";
   }
-  return value !== undefined;
+  return "default";
 }
 
 /**
@@ -62,8 +68,7 @@ function isSetIn(tree: unknown, path: Path): boolean {
  */
 export function valuesOf(config: object, layers: readonly [Origin, unknown][]): Value[] {
   return leavesOf(config).map(({ path, name, value }) => {
-    const [origin] = layers.find(([, tree]) => isSetIn(tree, path)) ?? ["default" as const];
-    return { path: name, value: shown(path, value), origin };
+    return { path: name, value: shown(path, value), origin: originOf(path, layers) };
   });
 }
 

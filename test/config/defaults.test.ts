@@ -1,4 +1,4 @@
-/** Every key of the contract (§1, what the spine has of it): its default, and what it takes. */
+/** Every key of the contract (§1, what has been built of it): its default, and what it takes. */
 import assert from "node:assert/strict";
 import { describe, it } from "node:test";
 import { check } from "../../src/mistakes.ts";
@@ -34,6 +34,7 @@ const DEFAULTS: Record<string, unknown> = {
   "metrics.labels": ["model", "backend_id", "cache_hit", "status"],
   "telemetry.serviceName": "tidegate",
   "telemetry.sampling": 1,
+  "admin.enabled": true,
 };
 
 /** Of sections that need not stand there: what is in them when they do. */
@@ -100,7 +101,7 @@ describe("defaults", () => {
 
   it("give a backend its weight and the pace of its probe", () => {
     assert.deepEqual(accepted({ backends: [BACKEND] })["backends"], [
-      { ...BACKEND, weight: 1, healthInterval: 5000, timeout: 3000 },
+      { ...BACKEND, allowCloud: false, weight: 1, healthInterval: 5000, timeout: 3000 },
     ]);
   });
 
@@ -132,6 +133,8 @@ describe("values", () => {
     ["metrics.endpoint", "/", "/internal/metrics"],
     ["telemetry.sampling", 0, 0.5, 1],
     ["telemetry.otlpEndpoint", "http://127.0.0.1:4318"],
+    ["admin.enabled", false, true],
+    ["admin.key", "k"],
   ];
   const bad: [string, ...unknown[]][] = [
     ["server.port", -1, 65_536, 1.5, "4000", null],
@@ -153,6 +156,8 @@ describe("values", () => {
     ["telemetry.sampling", -0.1, 1.1],
     ["telemetry.otlpEndpoint", "127.0.0.1:4318", "ftp://x"],
     ["telemetry.serviceName", ""],
+    ["admin.enabled", "true", 0],
+    ["admin.key", "", 1],
   ];
   for (const [path, ...values] of good) {
     it(`${path} takes ${values.map((each) => JSON.stringify(each)).join(", ")}`, () => {
@@ -179,6 +184,12 @@ describe("values", () => {
     { weight: 0.1 },
     { healthInterval: 100, timeout: 100 },
     { healthInterval: 1000, timeout: 60_000 },
+    { include: ["llama*", "*:7b"], exclude: ["*embed*"] },
+    { include: [] },
+    { allowCloud: true },
+    { staleAfterMs: 1 },
+    { url: "http://engines.lan:8000", discover: "dns" },
+    { url: "http://localhost:8000/v1", discover: "dns" },
   ];
   const badBackends: [string, object][] = [
     ["id", { id: "" }],
@@ -195,6 +206,20 @@ describe("values", () => {
     ["weight", { weight: -1 }],
     ["healthInterval", { healthInterval: 99 }],
     ["timeout", { timeout: 0 }],
+    ["include[0]", { include: [""] }],
+    ["include", { include: "llama*" }],
+    ["include", { include: ["*"], models: ["a"] }],
+    ["exclude", { exclude: [], models: [] }],
+    ["exclude[1]", { exclude: ["*", 1] }],
+    ["allowCloud", { allowCloud: "yes" }],
+    ["staleAfterMs", { staleAfterMs: 0 }],
+    ["staleAfterMs", { staleAfterMs: "1m" }],
+    ["discover", { url: "http://engines.lan", discover: "srv" }],
+    ["discover", { url: "http://engines.lan", discover: true }],
+    ["discover", { url: "https://engines.lan", discover: "dns" }],
+    ["discover", { url: "http://127.0.0.1:1", discover: "dns" }],
+    ["discover", { url: "http://[::1]:1", discover: "dns" }],
+    ["discover", { kind: "demo", url: undefined, discover: "dns" }],
   ];
   for (const fields of goodBackends) {
     it(`a backend takes ${JSON.stringify(fields)}`, () => void accepted(inBackend(fields)));

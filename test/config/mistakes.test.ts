@@ -40,7 +40,14 @@ describe("unknown keys", () => {
     ],
     ["metrics.", (key) => ({ metrics: { [key]: 1 } }), "label", "labels"],
     ["telemetry.", (key) => ({ telemetry: { [key]: 1 } }), "servicename", "serviceName"],
+    ["admin.", (key) => ({ admin: { [key]: 1 } }), "enable", "enabled"],
     ["backends[0].", (key) => ({ backends: [{ ...two[0], [key]: 1 }] }), "wieght", "weight"],
+    [
+      "backends[0].",
+      (key) => ({ backends: [{ ...two[0], [key]: 1 }] }),
+      "allowcloud",
+      "allowCloud",
+    ],
     ["models.m.", (key) => ({ models: { m: { [key]: 1 } } }), "alias", "aliases"],
   ];
   for (const [path, build, near, key] of places) {
@@ -77,9 +84,7 @@ describe("unknown keys", () => {
 
 describe("keys of a later version", () => {
   const later: [string, object][] = [
-    ...["include", "exclude", "allowCloud", "staleAfterMs", "discover", "gpu"].map(
-      (key): [string, object] => [`backends[0].${key}`, { backends: [{ ...two[0], [key]: 1 }] }],
-    ),
+    ["backends[0].gpu", { backends: [{ ...two[0], gpu: "0" }] }],
     ["models.m.warm", { models: { m: { warm: true } } }],
     ["queue.turnMs", { queue: { turnMs: "auto" } }],
     ["timeouts.loadMs", { timeouts: { loadMs: 1 } }],
@@ -88,7 +93,6 @@ describe("keys of a later version", () => {
     ["tenants", { tenants: {} }],
     ["redis", { redis: {} }],
     ["telemetry.slowMs", { telemetry: { slowMs: 1 } }],
-    ["admin", { admin: {} }],
   ];
   for (const [path, raw] of later) {
     it(`${path} is said to come later, and not guessed at`, () => {
@@ -225,9 +229,19 @@ describe("secrets", () => {
     "a misspelt key": { auth: { keys: [{ kye: SECRET }] } },
     "a misspelt apiKey": { backends: [{ ...two[0], apikey: SECRET }] },
     "a backend in place of the list": { backends: { ...two[0], apiKey: SECRET } },
-    "the admin key of a later version": { admin: { key: SECRET } },
+    "an admin key that is no text": { admin: { key: [SECRET] } },
+    "a misspelt admin key": { admin: { kye: SECRET } },
+    "a key in place of admin": { admin: SECRET },
+    "a key by another name": { backends: [{ ...two[0], bearer: SECRET, token: SECRET }] },
     "the password in a url of a later version": { redis: { url: `redis://:${SECRET}@box` } },
     "the password in a backend's url": { backends: [{ id: "a", url: `ftp://u:${SECRET}@box` }] },
+    "a password with an @ in it": { backends: [{ id: "a", url: `http://u:x@y${SECRET}@box` }] },
+    "a password with a / in it": { backends: [{ id: "a", url: `http://u:x/${SECRET}@box` }] },
+    "a password without slashes before it": {
+      backends: [{ id: "a", url: `http:u:${SECRET}@box` }],
+    },
+    "a key in a url's query": { backends: [{ id: "a", url: `http://box/v1?key=${SECRET}` }] },
+    "a key in a url's fragment": { backends: [{ id: "a", url: `http://box/v1#${SECRET}` }] },
   };
   for (const [what, raw] of Object.entries(places)) {
     it(`are never shown: ${what}`, () => {

@@ -15,7 +15,7 @@ const EXAMPLES = ["backends", "models", "auth"];
 /** Accepted and not in effect yet: to write them into the file would only print a note. */
 const NOT_YET = ["cache", "circuitBreaker"];
 /** Keys without a default: the file shows what could stand there. */
-const WITHOUT_DEFAULT = ["telemetry.otlpEndpoint"];
+const WITHOUT_DEFAULT = ["telemetry.otlpEndpoint", "admin.key"];
 
 function isTree(value: unknown): value is Tree {
   return typeof value === "object" && value !== null && !Array.isArray(value);
@@ -81,8 +81,12 @@ describe("gateway.config.ts in the root", () => {
     );
     const [plain] = schema.parse({ backends: [{ id: "a", url: "http://x" }] }).backends;
     for (const backend of backends) {
-      for (const key of ["weight", "healthInterval", "timeout"] as const) {
+      for (const key of ["allowCloud", "weight", "healthInterval", "timeout"] as const) {
         if (key in backend) assert.equal(backend[key], plain?.[key], key);
+      }
+      const { staleAfterMs, healthInterval, timeout } = backend;
+      if (staleAfterMs !== undefined) {
+        assert.equal(staleAfterMs, 3 * Number(healthInterval) + Number(timeout));
       }
     }
   });
