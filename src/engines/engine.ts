@@ -241,21 +241,26 @@ async function lookAtModels(connection: Connection, signal: AbortSignal): Promis
   return { loading, models: items.flatMap(fromCard) };
 }
 
-/** What the routers of FastAPI, gin, llama.cpp and LM Studio (in a 200) say of a path they lack. */
-const NO_SUCH_PATH =
-  /^(?:not found|404 page not found|file not found|unexpected endpoint or method\b.*)$/i;
-
 /** The core every engine has; a 404 elsewhere means that it lacks the path. */
 const CORE_PATHS = new Set(["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]);
 
 /** Something named in the request is missing, and not the path. */
 const NAMED_MISSING = /\b(?:model|response)\b.*(?:not found|not exist)/i;
 
-function meaningForAll({ status, words, path }: Said): Meaning | null {
-  if (status !== 404 && status !== 200) return null;
-  if (NO_SUCH_PATH.test(words.trim())) return "unsupported";
+function plainMeaning({ status, words, path }: Said): Meaning | null {
   const lacking = status === 404 && !CORE_PATHS.has(path) && !NAMED_MISSING.test(words);
   return lacking ? "unsupported" : null;
+}
+
+/** What the routers of FastAPI, gin, llama.cpp and LM Studio (in a 200) say of a path they lack. */
+const NO_SUCH_PATH =
+  /^(?:not found|404 page not found|file not found|unexpected endpoint or method\b.*)$/i;
+
+/** The rule of the plain engine, and for engines of a known kind what their routers say of any path. */
+export function knownMeaning(said: Said): Meaning | null {
+  const isRouters = said.status === 404 || said.status === 200;
+  if (isRouters && NO_SUCH_PATH.test(said.words.trim())) return "unsupported";
+  return plainMeaning(said);
 }
 
 /** The plain OpenAI-compatible engine; other kinds are this one with their differences. */
@@ -269,5 +274,5 @@ export const openai: Engine = {
   adapt: () => new Map(),
   send: sendByFetch,
   look: lookAtModels,
-  meaning: meaningForAll,
+  meaning: plainMeaning,
 };

@@ -4,6 +4,7 @@ import {
   askAside,
   countOf,
   fromCard,
+  knownMeaning,
   list,
   openai,
   type Connection,
@@ -117,6 +118,6 @@ export const llamacpp: Engine = {
     if (status === 500 && /does not support logits/i.test(words)) return "unsupported";
     if (status === 500 && /\b\w+ input is not supported/i.test(words)) return "unsupported_input";
     if (status === 400 && /^model is not loaded/i.test(words)) return "not_loaded";
-    return openai.meaning(said);
+    return knownMeaning(said);
   },
 };

@@ -2,6 +2,7 @@ import { isRecord, textOf } from "../dialects/dialect.ts";
 import {
   askAside,
   countOf,
+  knownMeaning,
   modelNamed,
   openai,
   type Engine,
@@ -71,4 +72,5 @@ export const lmstudio: Engine = {
     }
     return openai.look(connection, signal);
   },
+  meaning: knownMeaning,
 };

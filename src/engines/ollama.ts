@@ -2,6 +2,7 @@ import { isRecord, numberOf, textOf, type Ability } from "../dialects/dialect.ts
 import {
   askAside,
   countOf,
+  knownMeaning,
   list,
   modelNamed,
   openai,
@@ -148,4 +149,5 @@ export const ollama: Engine = {
     const running = Array.isArray(loaded) ? loaded.filter(isRecord) : null;
     return { loading, models: items.flatMap((item) => listed(item, running)) };
   },
+  meaning: knownMeaning,
 };

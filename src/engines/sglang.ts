@@ -1,5 +1,5 @@
 import { isRecord } from "../dialects/dialect.ts";
-import { askAside, countOf, fromCard, list, openai, type Engine } from "./engine.ts";
+import { askAside, countOf, fromCard, knownMeaning, list, openai, type Engine } from "./engine.ts";
 
 /** More at once than this is a limit of nothing. */
 const MOST_SLOTS = 4096;
@@ -35,6 +35,6 @@ export const sglang: Engine = {
   },
   meaning(said) {
     if (/does not appear to be an embedding model/i.test(said.words)) return "unsupported";
-    return openai.meaning(said);
+    return knownMeaning(said);
   },
 };

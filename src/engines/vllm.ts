@@ -1,5 +1,5 @@
 import { textOf } from "../dialects/dialect.ts";
-import { fromCard, list, openai, type Engine } from "./engine.ts";
+import { fromCard, knownMeaning, list, openai, type Engine } from "./engine.ts";
 
 export const vllm: Engine = {
   ...openai,
@@ -22,6 +22,6 @@ export const vllm: Engine = {
   meaning(said) {
     // A model that embeds, asked for a chat: older versions call that a bad request.
     if (/^the model does not support .+ api\b/i.test(said.words)) return "unsupported";
-    return openai.meaning(said);
+    return knownMeaning(said);
   },
 };
