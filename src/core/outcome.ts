@@ -27,7 +27,7 @@ export type Fault =
   | "rejected"
   /** 401, 403, 3xx: the backend is set up wrongly, for every request alike. */
   | "misconfigured"
-  /** The engine cannot do this at all. */
+  /** The engine cannot do this at all; another one may. */
   | "unsupported"
   /** The client left, or the gateway shuts down. */
   | "ended";
@@ -47,7 +47,7 @@ const VERDICTS: Record<Fault, Verdict> = {
   timeout: { outcome: "failure", retry: "elsewhere" },
   rejected: { outcome: "ignore", retry: "no" },
   misconfigured: { outcome: "ignore", retry: "no" },
-  unsupported: { outcome: "ignore", retry: "no" },
+  unsupported: { outcome: "ignore", retry: "elsewhere" },
   ended: { outcome: "ignore", retry: "no" },
 };
 

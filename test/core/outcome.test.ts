@@ -13,7 +13,7 @@ const EXPECTED: Record<Fault, [Outcome, Retry, why: string]> = {
   timeout: ["failure", "elsewhere", "a stall"],
   rejected: ["ignore", "no", "4xx is neutral and not retried"],
   misconfigured: ["ignore", "no", "wrong for every request alike"],
-  unsupported: ["ignore", "no", "the engine cannot do it"],
+  unsupported: ["ignore", "elsewhere", "the engine cannot do it, another may"],
   ended: ["ignore", "no", "a client's abort changes nothing"],
 };
 
