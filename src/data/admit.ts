@@ -65,7 +65,8 @@ export function resolveModel(exchange: Exchange, plane: Plane): Model {
 
 /** The first thing that the request wants and this engine cannot do. */
 function lackOf(exchange: Exchange, engine: Engine): Want | undefined {
-  return exchange.view?.wants.find((want) => engine.cannot(want) !== null);
+  for (const want of exchange.view?.wants ?? []) if (engine.cannot(want) !== null) return want;
+  return undefined;
 }
 
 function canServe(exchange: Exchange, engine: Engine | undefined): boolean {
