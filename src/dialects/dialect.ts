@@ -153,7 +153,7 @@ export function readView(body: Record<string, unknown>, wants: readonly Want[] =
 }
 
 /** The first mistake zod found, as the error the caller gets. */
-export function invalidParameter(error: z.core.$ZodError): GatewayError {
+function invalidParameter(error: z.core.$ZodError): GatewayError {
   const [issue] = error.issues;
   const param = issue?.path.join(".") ?? "";
   const missingModel = param === "model" && issue?.code === "invalid_type";
