@@ -116,6 +116,8 @@ export class Metrics {
     this.#reloads = this.#counter("config_reloads_total", "Reloads of the configuration", [
       "result",
     ]);
+    // What begins at one is no increase.
+    for (const result of ["success", "failure"]) this.#reloads.inc({ result }, 0);
     this.#observe(gauges);
     this.#stopWatching = this.#observeProcess(build);
   }

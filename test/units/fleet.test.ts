@@ -559,17 +559,190 @@ describe("usage", () => {
     const models = { m: { a: 4, b: 3 }, n: { a: 4 } };
     const world = new World({ backends: { a: { concurrency: 5 }, b: {} }, models });
     world.ask("a", "m");
-    assert.deepEqual(world.fleet.usage(), [
+    for (let times = 0; times < 6; times++) world.ask("a", "n");
+    const seen = world.fleet.usage().map((each) => ({ ...each, observed: null }));
+    assert.deepEqual(seen, [
       {
         backend: "a",
         slots: 5,
+        running: 5,
+        waiting: 2,
+        observed: null,
         models: [
           { model: "m", running: 1, waiting: 0 },
-          { model: "n", running: 0, waiting: 0 },
+          { model: "n", running: 4, waiting: 2 },
         ],
       },
-      { backend: "b", slots: 3, models: [{ model: "m", running: 0, waiting: 0 }] },
+      {
+        backend: "b",
+        slots: 3,
+        running: 0,
+        waiting: 0,
+        observed: null,
+        models: [{ model: "m", running: 0, waiting: 0 }],
+      },
     ]);
+  });
+
+  it("has what the answers of each backend showed", () => {
+    const world = new World(two);
+    const answered = { at: 5, ttftMs: 40, tokensPerSecond: 10, error: null };
+    world.ask("a").permit.release("success", answered);
+    world
+      .ask("a")
+      .permit.release("failure", { ...answered, ttftMs: null, error: "upstream_error" });
+    world.ask("a").permit.release("failure");
+    const [a, b] = world.fleet.usage().map(({ observed }) => observed);
+    assert.deepEqual(
+      [a?.ttftMs(0.5), a?.tokensPerSecond, a?.failures, a?.lastError],
+      [40, 10, 2, { at: 5, code: "upstream_error" }],
+    );
+    assert.deepEqual([b?.ttftMs(0.5), b?.failures, b?.lastError], [null, 0, null]);
+  });
+});
+
+describe("another configuration", () => {
+  it("changes the key of the next permit, and neither the backend nor a permit that is out", () => {
+    let apiKey: string | null = "old";
+    const snapshot = snapshotOf({ ...one, models: { m: { a: 2 } } });
+    const fleet = new Fleet({
+      now: () => 0,
+      maxLength: 1,
+      upstreamLimit: Infinity,
+      apiKeyOf: () => apiKey,
+    });
+    fleet.apply(snapshot);
+    const permits: Permit[] = [];
+    const ask = () =>
+      fleet.enqueue(
+        { id: "t", model: "m", arrivedAt: 0, deadlineAt: 9, barred: new Set() },
+        aTarget("a", "m"),
+        (admission) => {
+          if (admission.type === "granted") permits.push(admission.permit);
+        },
+      );
+    ask();
+    permits[0]?.flowed(7);
+    apiKey = "new";
+    fleet.apply({ ...snapshot, version: 2 });
+    ask();
+    assert.deepEqual(
+      permits.map(({ connection }) => connection.apiKey),
+      ["old", "new"],
+    );
+    assert.equal(fleet.lastChunkAt("a"), 7, "what was learned of it stays");
+    assert.equal(fleet.usage()[0]?.running, 2);
+  });
+
+  it("with a longer queue takes in more, for models that are known and for new ones", () => {
+    const world = new World(one, { maxLength: 1 });
+    world.ask("a");
+    world.ask("a");
+    assert.deepEqual(world.ask("a").said, ["refused"]);
+    world.fleet.maxLength = 2;
+    assert.deepEqual(world.ask("a").said, []);
+    assert.deepEqual(world.ask("a").said, ["refused"]);
+    world.apply({ ...one, models: { m: { a: 1 }, n: { a: 1 } } });
+    world.ask("a", "n");
+    assert.deepEqual(
+      [1, 2, 3].map(() => world.ask("a", "n").said),
+      [[], [], ["refused"]],
+    );
+  });
+
+  it("with a shorter one throws nobody out, and takes nobody in until it is that short", () => {
+    const world = new World(one, { maxLength: 3 });
+    const running = world.ask("a");
+    const waiting = [1, 2, 3].map(() => world.ask("a"));
+    world.fleet.maxLength = 1;
+    assert.deepEqual(
+      waiting.map(({ said }) => said),
+      [[], [], []],
+    );
+    running.permit.release("success");
+    assert.deepEqual(
+      waiting.map(({ said }) => said),
+      [["granted"], [], []],
+    );
+    assert.deepEqual(world.ask("a").said, ["refused"]);
+    waiting[0]?.permit.release("success");
+    waiting[1]?.permit.release("success");
+    assert.deepEqual(world.ask("a").said, []);
+  });
+});
+
+describe("a backend that goes and comes back", () => {
+  const none: Plan = { backends: {}, models: {} };
+
+  it("runs what it ran: its slots are not free twice", () => {
+    const world = new World({ ...one, models: { m: { a: 2 } } });
+    const [first, second] = [world.ask("a"), world.ask("a")];
+    first.permit.flowed(11);
+    const waiting = world.ask("a");
+    world.apply(none);
+    assert.deepEqual(waiting.said, ["reselect"]);
+    assert.deepEqual(world.fleet.usage(), []);
+    world.apply({ ...one, models: { m: { a: 2 } } });
+    assert.deepEqual(world.usage("a"), [2, 0]);
+    assert.equal(world.fleet.lastChunkAt("a"), 11);
+    const next = world.ask("a");
+    assert.deepEqual(next.said, []);
+    first.permit.release("success");
+    assert.deepEqual(next.said, ["granted"]);
+    second.permit.release("success");
+    next.permit.release("success");
+    assert.deepEqual(world.usage("a"), [0, 0]);
+  });
+
+  it("does so though it went and came several times, and its model meanwhile too", () => {
+    const world = new World(one);
+    const running = world.ask("a");
+    for (const plan of [none, one, { backends: { a: {} }, models: {} }, none, one]) {
+      world.apply(plan);
+    }
+    assert.deepEqual(world.usage("a"), [1, 0]);
+    assert.deepEqual(world.ask("a").said, []);
+    running.permit.release("success");
+    assert.deepEqual(world.usage("a"), [1, 0]);
+  });
+
+  it("is another one when everything had ended, or at another place", () => {
+    const world = new World(one);
+    const running = world.ask("a");
+    running.permit.flowed(3);
+    world.apply({ ...one, backends: { a: { url: "http://elsewhere" } } });
+    assert.deepEqual(world.usage("a"), [0, 0]);
+    assert.equal(world.fleet.lastChunkAt("a"), -Infinity);
+    assert.deepEqual(world.ask("a").said, ["granted"]);
+    world.apply(one);
+    assert.deepEqual([world.usage("a"), world.fleet.lastChunkAt("a")], [[1, 0], 3]);
+    running.permit.release("success");
+    world.apply(none);
+    world.apply(one);
+    assert.equal(world.fleet.lastChunkAt("a"), -Infinity, "nothing ran: it starts afresh");
+  });
+
+  it("still counts for the caps of its model while it is away", () => {
+    const plan = { ...two, models: { m: { a: 2, b: 2 } }, caps: { m: 1 } };
+    const world = new World(plan);
+    const running = world.ask("a");
+    world.apply(none);
+    world.apply({ backends: { b: {} }, models: { m: { b: 2 } }, caps: { m: 1 } });
+    const waiting = world.ask("b");
+    assert.deepEqual(waiting.said, []);
+    running.permit.release("success");
+    assert.deepEqual(waiting.said, ["granted"]);
+  });
+
+  it("leaves nothing behind of models that are gone for good", () => {
+    const world = new World(one);
+    const credit = world.fleet.creditOf("m");
+    const running = world.ask("a");
+    world.apply(none);
+    assert.equal(world.fleet.creditOf("m"), credit, "something of it still runs");
+    running.permit.release("success");
+    world.apply(none);
+    assert.notEqual(world.fleet.creditOf("m"), credit);
   });
 });
 

@@ -5,7 +5,7 @@ import type { MetricLabel } from "../../src/config.ts";
 import type { Health, Snapshot } from "../../src/core/snapshot.ts";
 import { Metrics, type Extras, type Gauges } from "../../src/telemetry/metrics.ts";
 import { newRecord, type RequestRecord } from "../../src/telemetry/record.ts";
-import { aBackend, aSnapshot } from "../support/snapshot.ts";
+import { aBackend, aModel, aSnapshot, aTarget } from "../support/snapshot.ts";
 
 const LABELS: MetricLabel[] = ["model", "backend_id", "cache_hit", "status"];
 const BUCKETS = "0.005 0.01 0.025 0.05 0.1 0.25 0.5 1 2.5 5 10 30 60 120 300 600 +Inf".split(" ");
@@ -21,6 +21,7 @@ function metrics(gauges: Partial<Gauges> = {}, labels: readonly MetricLabel[] = 
     usage: () => [],
     running: () => [],
     heldBytes: () => 0,
+    reloaded: () => true,
   };
   return new Metrics(
     labels,
@@ -89,6 +90,9 @@ describe("what there is", () => {
     tidegate_slots: "gauge",
     tidegate_slots_in_use: "gauge",
     tidegate_backend_health: "gauge",
+    tidegate_model_residency: "gauge",
+    tidegate_config_reloads_total: "counter",
+    tidegate_config_last_reload_success: "gauge",
     tidegate_held_body_bytes: "gauge",
     tidegate_event_loop_delay_seconds: "gauge",
     tidegate_build_info: "gauge",
@@ -312,6 +316,32 @@ describe("gauges", () => {
     assert(Object.values(seen).every((value) => value === 0 || value === 1));
   });
 
+  it("show where every model is, state by state", async () => {
+    const targets = [
+      aTarget("a", "m", { residency: "loaded" }),
+      aTarget("b", "m", { residency: "loading" }),
+    ];
+    const models = [aModel("m", targets), aModel("n", [aTarget("a", "n", { residency: "cold" })])];
+    const made = metrics({ snapshot: () => aSnapshot([], models) });
+    const seen = await samples(made, "tidegate_model_residency");
+    assert.equal(Object.keys(seen).length, 9);
+    const ones = Object.entries(seen).filter(([, value]) => value === 1);
+    assert.deepEqual(ones.map(([labels]) => labels).toSorted(), [
+      'backend_id="a",model="m",state="loaded"',
+      'backend_id="a",model="n",state="cold"',
+      'backend_id="b",model="m",state="loading"',
+    ]);
+    assert(Object.values(seen).every((value) => value === 0 || value === 1));
+  });
+
+  it("show how the last reload went", async () => {
+    let isGood = true;
+    const made = metrics({ reloaded: () => isGood });
+    assert.deepEqual(await samples(made, "tidegate_config_last_reload_success"), { "": 1 });
+    isGood = false;
+    assert.deepEqual(await samples(made, "tidegate_config_last_reload_success"), { "": 0 });
+  });
+
   it("show what is, not what was: nothing adds up over scrapes, and who has gone is gone", async () => {
     let healths: Health[] = ["healthy", "healthy"];
     let held = 7;
@@ -341,6 +371,35 @@ describe("gauges", () => {
     assert(Math.abs(Date.now() / 1000 - started) < 3600, "Unix seconds");
     const delay = (await samples(made, "tidegate_event_loop_delay_seconds"))[""] ?? -1;
     assert(delay >= 0 && Number.isFinite(delay));
+  });
+});
+
+describe("reloads", () => {
+  it("are counted by result, from zero: a first failure is an increase too", async () => {
+    const made = metrics();
+    const reloads = () => samples(made, "tidegate_config_reloads_total");
+    assert.deepEqual(await reloads(), { 'result="success"': 0, 'result="failure"': 0 });
+    made.reload(true);
+    made.reload(false);
+    made.reload(false);
+    assert.deepEqual(await reloads(), { 'result="success"': 1, 'result="failure"': 2 });
+  });
+});
+
+describe("other labels", () => {
+  it("begin the count of requests anew, and nothing else", async () => {
+    const made = metrics({}, ["model"]);
+    made.request(record(), extras());
+    made.relabel(["model"]);
+    assert.deepEqual(await samples(made, "tidegate_requests_total"), { 'model="m"': 1 });
+    made.relabel(["status", "endpoint"]);
+    assert.deepEqual(await samples(made, "tidegate_requests_total"), {});
+    made.request(record(), extras());
+    assert.deepEqual(await samples(made, "tidegate_requests_total"), {
+      'endpoint="/v1/chat/completions",status="200"': 1,
+    });
+    const [ending] = Object.values(await samples(made, "tidegate_endings_total"));
+    assert.equal(ending, 2);
   });
 });
 
