@@ -142,7 +142,9 @@ const sections = {
   queue: z.strictObject({
     maxWaitMs: ms
       .default(120_000)
-      .describe("Longest wait for a slot, also capped by the client's own time-out. 0: none."),
+      .describe(
+        "Longest wait for a slot, also capped by the client's own time-out. 0: do not wait.",
+      ),
     maxLength: count.default(512).describe("Waiting requests per model."),
     heartbeatMs: ms
       .default(15_000)

@@ -20,7 +20,7 @@ export function variableOf(path: readonly string[]): string {
 }
 
 /** Each variable that sets one value, with the path of that value; the stronger of two comes last. */
-const SCALARS = new Map<string, readonly string[]>([
+export const SCALARS = new Map<string, readonly string[]>([
   ["PORT", ["server", "port"]],
   ["OTEL_EXPORTER_OTLP_ENDPOINT", ["telemetry", "otlpEndpoint"]],
   ["OTEL_SERVICE_NAME", ["telemetry", "serviceName"]],

@@ -197,10 +197,10 @@ function notYet(config: Config): string[] {
     ...(config.circuitBreaker === undefined ? [] : ["circuitBreaker"]),
     ...models
       .filter(([, each]) => each.fallback !== undefined)
-      .map(([name]) => `models.${name}.fallback`),
+      .map(([name]) => pathText(["models", name, "fallback"])),
     ...models
       .filter(([, each]) => each.maxOutputTokens !== undefined)
-      .map(([name]) => `models.${name}.maxOutputTokens`),
+      .map(([name]) => pathText(["models", name, "maxOutputTokens"])),
   ];
   return set.map((key) => `${key}: accepted, in effect from a later version`);
 }

@@ -9,6 +9,7 @@ export interface Shape {
   enum?: string[];
   const?: unknown;
   properties?: Record<string, Shape>;
+  required?: string[];
   additionalProperties?: Shape | boolean;
   items?: Shape;
   anyOf?: Shape[];

@@ -11,9 +11,10 @@ step() {
   "$@"
 }
 
-step oxfmt --check src test bench gateway.config.ts
-step oxlint --type-aware src test bench gateway.config.ts
+step oxfmt --check src test bench tools/*.ts gateway.config.ts
+step oxlint --type-aware src test bench tools/*.ts gateway.config.ts
 step tsc -p .
 step knip
+step bun tools/generate.ts --check
 step bun test test/
 step deno task test
