@@ -25,6 +25,7 @@ const CREATED = 1_754_049_600;
 export const manner: Manner = {
   headers: { Server: "llama.cpp", "Access-Control-Allow-Origin": "" },
   json: "application/json; charset=utf-8",
+  stream: "text/event-stream",
   closes: "onError",
   chunksAll: false,
 };
@@ -195,6 +196,7 @@ export const refusals: Refusals = {
   notChat: () =>
     error(500, "the current context does not support logits computation. skipping", "server_error"),
   notEmbedding: () => notSupported("embeddings", "--embeddings"),
+  noInput: invalid('"input" or "content" must be provided'),
   notRerank: () => notSupported("reranking", "--reranking"),
   // wire §1.4.
   noMetrics: () => notSupported("metrics endpoint", "--metrics"),

@@ -143,6 +143,7 @@ export const lmstudio: Profile = {
   manner: {
     headers: { "X-Powered-By": "Express" },
     json: "application/json; charset=utf-8",
+    stream: "text/event-stream",
     closes: "never",
     chunksAll: false,
   },

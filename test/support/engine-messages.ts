@@ -29,7 +29,6 @@ export function messagesShape(job: Job): Shape {
     return frames;
   };
   return {
-    contentType: "text/event-stream",
     open: (usage) => [
       event("message_start", {
         message: {

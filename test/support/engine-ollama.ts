@@ -27,7 +27,7 @@ function withTag(name: string): string {
   return name.includes(":") ? name : `${name}:latest`;
 }
 
-function details(info: ModelInfo): Record<string, unknown> {
+function details(): Record<string, unknown> {
   return {
     parent_model: "",
     format: "gguf",
@@ -35,7 +35,6 @@ function details(info: ModelInfo): Record<string, unknown> {
     families: ["llama"],
     parameter_size: "8.0B",
     quantization_level: "Q4_0",
-    context_length: info.contextLength ?? 8192,
   };
 }
 
@@ -51,7 +50,8 @@ function tag(info: ModelInfo): Record<string, unknown> {
     modified_at: MODIFIED,
     size: info.size ?? SIZE,
     digest: digestOf(info),
-    details: details(info),
+    // real §5.1: these two only here, not in /api/ps.
+    details: { ...details(), context_length: info.contextLength ?? 8192, embedding_length: 4 },
     capabilities: capabilities(info),
     ...(info.remoteHost === undefined ? {} : remote),
   };
@@ -63,7 +63,7 @@ function resident(info: ModelInfo): Record<string, unknown> {
     model: info.name,
     size: info.size ?? SIZE,
     digest: digestOf(info),
-    details: details(info),
+    details: details(),
     expires_at: "2318-12-01T00:00:00Z",
     size_vram: info.sizeVram ?? info.size ?? SIZE,
     context_length: info.contextLength ?? 8192,
@@ -170,7 +170,13 @@ export const ollama: Profile = {
   models: ["llama3:8b"],
   // NUM_PARALLEL is 1, and there is no first chunk without content (real §6.6, wire §1.3).
   behaviour: { slots: 1, roleFirst: false },
-  manner: { headers: {}, json: "application/json", closes: "never", chunksAll: false },
+  manner: {
+    headers: {},
+    json: "application/json",
+    stream: "text/event-stream",
+    closes: "never",
+    chunksAll: false,
+  },
   fullName: withTag,
   slotsPer: "model",
   queueCountsRunning: false,
@@ -211,7 +217,7 @@ export const ollama: Profile = {
       if (info === null) return;
       const body = {
         modelfile: `FROM ${info.name}`,
-        details: details(info),
+        details: details(),
         model_info: {
           "general.architecture": "llama",
           "llama.context_length": info.contextLength ?? 8192,
@@ -246,6 +252,7 @@ export const ollama: Profile = {
       "This server does not support embeddings. Start it with `--embeddings`",
       "api_error",
     ),
+    noInput: error(400, "invalid input"),
     tokenInput: error(400, "invalid input type"),
     // wire §1.4: only for requests that would have to schedule a load.
     loadsFull: error(

@@ -23,6 +23,7 @@ export type Problem =
   | "notEmbedding"
   | "notRerank"
   | "noMetrics"
+  | "noInput"
   | "tokenInput"
   | "tooLong"
   | "inputTooLong"

@@ -50,7 +50,6 @@ export function responsesShape(job: Job): Shape {
     ? response("in_progress", [], null)
     : { id, object: "response", status: "in_progress" };
   return {
-    contentType: "text/event-stream",
     open: () => [
       event("response.created", { response: begun }),
       event("response.in_progress", { response: begun }),

@@ -161,6 +161,7 @@ export function embedAs(format?: (vectors: number[][], info: ModelInfo) => unkno
     const { style } = host.profile;
     const { input, encoding_format: wanted } = request.json;
     if (!isEmbedding(info) && (await refuse(call, "notEmbedding"))) return;
+    if (input === undefined && (await refuse(call, "noInput"))) return;
     const inputs = Array.isArray(input) ? (input as unknown[]) : [input];
     const areStrings = inputs.every((each) => typeof each === "string");
     if (!areStrings && (await refuse(call, "tokenInput"))) return;
@@ -228,7 +229,7 @@ function countWords(json: Json): number {
 
 /** Four numbers that depend on the input and fit a float32. */
 function vectorOf(input: unknown): number[] {
-  const text = JSON.stringify(input);
+  const text = JSON.stringify(input) ?? "";
   let state = text.length;
   for (const char of text) state = (Math.imul(state, 31) + char.charCodeAt(0)) >>> 0;
   return [0, 8, 16, 24].map((shift) => Math.fround(((state >>> shift) & 255) / 256));

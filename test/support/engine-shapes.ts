@@ -27,7 +27,8 @@ export type Piece =
   | { toolCall: ToolCall; index: number };
 
 export interface Shape {
-  contentType: string;
+  /** Where it is no event stream. */
+  contentType?: string;
   open(usage: Usage): string[];
   piece(piece: Piece, isFirst: boolean, finishReason: string | null): string[];
   finish(reason: string | null, usage: Usage): string[];
@@ -106,7 +107,6 @@ export function chatShape(job: Job): Shape {
   const delta = (fields: Fields, reason: string | null = null): string =>
     chunk([style.choice({ delta: style.delta(fields) }, reason)]);
   return {
-    contentType: "text/event-stream",
     // real §6.6: Ollama's first chunk is the first token.
     open: () => (job.roleFirst ? [delta({ role: "assistant", content: style.firstContent })] : []),
     piece(piece, isFirst, reason) {
@@ -187,7 +187,6 @@ export function completionsShape(job: Job): Shape {
   const text = (value: string, reason: string | null, more: Fields = zero): string =>
     sse(frame([style.choice({ text: value }, reason)], more));
   return {
-    contentType: "text/event-stream",
     open: () => [],
     piece: (piece, _isFirst, reason) => ("text" in piece ? [text(piece.text, reason)] : []),
     finish(reason, usage) {

@@ -22,6 +22,8 @@ export interface Manner {
   headers: Record<string, string>;
   /** Content type of its JSON. */
   json: string;
+  /** And of its event streams. */
+  stream: string;
   /** llama.cpp closes after an error, its router after everything it passes on (real §5.2). */
   closes: "never" | "onError" | "always";
   /** Whole answers too have no length (a proxy's). */

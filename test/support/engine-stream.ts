@@ -107,7 +107,7 @@ export async function streamAnswer(
   await reply.head(
     200,
     {
-      "Content-Type": behaviour.contentType ?? shape.contentType,
+      "Content-Type": behaviour.contentType ?? shape.contentType ?? reply.manner.stream,
       "Cache-Control": "no-cache",
       ...behaviour.headers,
     },

@@ -13,35 +13,59 @@ import {
   responses,
 } from "./engine-routes.ts";
 import type { Style } from "./engine-shapes.ts";
-import { engineDied, plainStyle, wideId } from "./engine-style.ts";
+import { engineDied, plainStyle } from "./engine-style.ts";
 
 const CREATED = 1_754_049_600;
 
-export const style: Style = {
+const style: Style = {
   ...plainStyle,
-  id: (prefix, count) => wideId(prefix, count),
-  // real §5.3: fields of its own that have to pass through.
+  // Measured: 16 hex digits; /v1/messages too has "chatcmpl-".
+  id: (prefix, count) =>
+    `${prefix === "msg" ? "chatcmpl" : prefix}-${count.toString(16).padStart(16, "0")}`,
+  // real §5.3: fields of its own that have to pass through. Measured: the fingerprint ends a stream.
+  frame: (job, object, prefix, choices, more) => {
+    const [choice] = choices as { finish_reason: unknown }[];
+    const isLast = choice === undefined || (choice.finish_reason !== null && !job.includeUsage);
+    return {
+      id: job.style.id(prefix, job.count),
+      object,
+      created: job.created,
+      model: job.model,
+      choices,
+      ...more,
+      ...(isLast ? { system_fingerprint: "vllm-0.32.0-39ed4f61" } : {}),
+    };
+  },
   choice: (content, reason) => ({
     index: 0,
     ...content,
     logprobs: null,
     finish_reason: reason,
-    ...(reason === null ? {} : { stop_reason: null }),
+    ...(reason !== null || "text" in content ? { stop_reason: null } : {}),
     token_ids: null,
   }),
   message: (fields) => ({
+    ...fields,
     refusal: null,
     annotations: null,
     audio: null,
     function_call: null,
-    tool_calls: [],
-    reasoning: null,
-    ...fields,
+    reasoning: fields.reasoning ?? null,
   }),
-  wholeMore: { service_tier: null, system_fingerprint: null, prompt_logprobs: null },
+  wholeMore: { service_tier: null, kv_transfer_params: null, metrics: null },
   firstContent: "",
   // wire §1.8.
   reasoning: "reasoning",
+  usage: ({ input, output, cached }) => ({
+    prompt_tokens: input,
+    total_tokens: input + output,
+    completion_tokens: output,
+    ...(cached === null ? {} : { prompt_tokens_details: { cached_tokens: cached } }),
+  }),
+  messagesUsage: ({ input, output }, at) => ({
+    input_tokens: input,
+    output_tokens: at === "start" ? 0 : output,
+  }),
   embeddings: (vectors, job, tokens) => ({
     id: job.style.id("embd", job.count),
     object: "list",
@@ -96,6 +120,13 @@ function error(
   };
 }
 
+/** What FastAPI finds itself has this envelope on every route (measured). */
+function invalid(message: string, param: string | null): () => Refused {
+  const words = `1 validation error:\n  ${message}`;
+  const body = { error: { message: words, type: "Bad Request", param, code: 400 } };
+  return () => ({ status: 400, body });
+}
+
 /** real §5.3: an unknown route has FastAPI's own words. */
 export const notFound = (): Refused => ({ status: 404, body: { detail: "Not Found" } });
 export const notAllowed = (): Refused => ({ status: 405, body: { detail: "Method Not Allowed" } });
@@ -108,6 +139,7 @@ export const vllm: Profile = {
   manner: {
     headers: { server: "uvicorn" },
     json: "application/json",
+    stream: "text/event-stream; charset=utf-8",
     closes: "never",
     chunksAll: false,
   },
@@ -148,22 +180,19 @@ export const vllm: Profile = {
     unauthorized,
     noRoute: notFound,
     wrongMethod: notAllowed,
-    contentType: error(
-      400,
-      "[{'type': 'value_error', 'loc': ('header', 'content-type'), 'msg': \"Unsupported Media Type: Only 'application/json' is allowed\"}]",
-      "Bad Request",
+    contentType: invalid("Unsupported Media Type: Only 'application/json' is allowed", null),
+    badJson: invalid(
+      "{'type': 'json_invalid', 'loc': 'body.1', 'msg': 'JSON decode error'}",
+      "body.1",
     ),
-    badJson: error(
-      400,
-      "[{'type': 'json_invalid', 'loc': ('body', 1), 'msg': 'JSON decode error'}]",
-      "Bad Request",
-    ),
-    noMessages: error(
-      400,
-      "[{'type': 'missing', 'loc': ('body', 'messages'), 'msg': 'Field required'}]",
-      "Bad Request",
-      "body.messages",
-    ),
+    noMessages: (about) =>
+      "messages" in about.json
+        ? error(
+            400,
+            "Cannot apply chat template to an empty conversation. Provide at least one message.",
+            "BadRequestError",
+          )(about)
+        : invalid("{'type': 'missing', 'loc': 'body.messages'}", "body.messages")(),
     unknownModel: error(
       404,
       ({ model, names }) =>
