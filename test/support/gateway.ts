@@ -1,7 +1,7 @@
 /** The real gateway as a process, on the runtime that runs the test. */
 import type { ChildProcess } from "node:child_process";
 import { spawn } from "node:child_process";
-import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { mkdtemp, readFile, rename, rm, writeFile } from "node:fs/promises";
 import net from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -60,6 +60,8 @@ export interface Gateway {
   /** The sum of the samples whose labels fit; 0 where there is none. */
   metric(name: string, labels?: Record<string, string>): Promise<number>;
   residentBytes(): Promise<number>;
+  /** Puts another configuration in the place of its file, at once; it is for the test to have it read. */
+  writeConfig(config: object): Promise<void>;
   kill(signal: NodeJS.Signals): void;
   exited: Promise<number>;
   /** Resolves with the exit code; where that takes too long the process is killed and the code is -1. */
@@ -69,10 +71,9 @@ export interface Gateway {
 export async function startGateway(options: GatewayOptions = {}): Promise<Gateway> {
   const folder = await mkdtemp(join(tmpdir(), "tidegate-test-"));
   const args = [...(options.args ?? [])];
+  const file = join(folder, "gateway.config.json");
   if (options.config !== undefined) {
-    const file = join(folder, "gateway.config.json");
-    const server = (options.config as { server?: object }).server ?? {};
-    await writeFile(file, JSON.stringify({ ...options.config, server: { port: 0, ...server } }));
+    await writeConfig(file, options.config);
     args.unshift("--config", file);
   }
   const child = spawn(process.execPath, [...runtimeArgs(options), SERVER, ...args], {
@@ -95,6 +96,7 @@ export async function startGateway(options: GatewayOptions = {}): Promise<Gatewa
   });
   const gateway = faceOf(
     child,
+    file,
     exited,
     () => stdout,
     () => stderr,
@@ -120,6 +122,12 @@ export async function startGateway(options: GatewayOptions = {}): Promise<Gatewa
   throw new Error(
     `The gateway did not become ready (${isUp ? "/ready" : "no banner"}):\n${stderr}${stdout}`,
   );
+}
+
+async function writeConfig(file: string, config: object): Promise<void> {
+  const { server = {} } = config as { server?: object };
+  await writeFile(`${file}.new`, JSON.stringify({ ...config, server: { port: 0, ...server } }));
+  await rename(`${file}.new`, file);
 }
 
 /** One that nobody listens on just now. */
@@ -169,6 +177,7 @@ function timeout(ms: number): Promise<null> {
 
 function faceOf(
   child: ChildProcess,
+  file: string,
   exited: Promise<number>,
   stdout: () => string,
   stderr: () => string,
@@ -205,6 +214,7 @@ function faceOf(
       const statm = await readFile(`/proc/${gateway.pid}/statm`, "utf8");
       return Number(statm.split(" ")[1]) * PAGE_BYTES;
     },
+    writeConfig: (config) => writeConfig(file, config),
     kill: (signal) => send(child, signal),
     exited,
     async stop(signal = "SIGTERM") {
