@@ -27,9 +27,9 @@ export function checkOperator(
   peer: string | null,
   key: string | undefined,
 ): void {
-  const host = headers.get("host") ?? "";
+  const host = headers.get("host")?.toLowerCase() ?? "";
   const origin = headers.get("origin");
-  if (origin !== null && URL.parse(origin)?.host !== host.toLowerCase()) {
+  if (origin !== null && ![`http://${host}`, `https://${host}`].includes(origin.toLowerCase())) {
     throw new GatewayError(
       "origin_not_allowed",
       `Origin ${quote(origin)} may not operate this gateway: only its own pages may`,
