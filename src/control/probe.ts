@@ -4,6 +4,9 @@ import { ask, type Connection } from "../engines/engine.ts";
 import { engineOf } from "../engines/kinds.ts";
 import { isSamePlace, unseen, type Seen, type Wanted } from "./registry.ts";
 
+/** Nobody listens there any more, whatever still flows from before. */
+const REFUSED = "connection refused";
+
 /** Two failed probes in a row, and a backend counts as unhealthy. */
 const FAILURES_TO_UNHEALTHY = 2;
 
@@ -33,7 +36,7 @@ function reasonOf(error: unknown): string {
   const cause = error.cause instanceof Error ? error.cause.message : "";
   const text = `${(error as { code?: string }).code ?? ""} ${error.message} ${cause}`;
   if (/ECONNREFUSED|ConnectionRefused|connection refused|unable to connect/i.test(text)) {
-    return "connection refused";
+    return REFUSED;
   }
   if (/ENOTFOUND|dns error|getaddrinfo/i.test(text)) return "host name not found";
   if (/ECONNRESET|reset|closed/i.test(text)) return "connection closed without an answer";
@@ -217,15 +220,15 @@ export class Prober {
       return true;
     } catch (error) {
       const seen = { ...before, checkedAt: Date.now() };
+      const reason = error instanceof Error ? error.message : String(error);
       // A busy engine may be too slow for its probe and still do its work.
-      if (this.#options.flowing(backend.id, backend.timeout)) {
+      if (reason !== REFUSED && this.#options.flowing(backend.id, backend.timeout)) {
         this.#report(watch, seen);
         return true;
       }
       watch.kind = null;
       watch.failures++;
       const health = watch.failures >= FAILURES_TO_UNHEALTHY ? "unhealthy" : "degraded";
-      const reason = error instanceof Error ? error.message : String(error);
       this.#report(watch, { ...seen, health, reason });
       return false;
     }

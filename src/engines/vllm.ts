@@ -22,6 +22,7 @@ export const vllm: Engine = {
   meaning(said) {
     // A model that embeds, asked for a chat: older versions call that a bad request.
     if (/^the model does not support .+ api\b/i.test(said.words)) return "unsupported";
+    if (/is not a multimodal model/i.test(said.words)) return "unsupported_input";
     return knownMeaning(said);
   },
 };

@@ -214,7 +214,7 @@ describe("health", () => {
   it("does not fall while tokens flow from it", async () => {
     const watched = openai({ timeout: 1500 });
     await watched.prober.check("b0");
-    await engine.stop();
+    engine.answer = json({ error: "x" }, 500);
     watched.flows = true;
     for (let times = 0; times < 3; times++) {
       assert.equal(await watched.prober.check("b0"), true);
@@ -224,6 +224,15 @@ describe("health", () => {
     watched.flows = false;
     assert.equal(await watched.prober.check("b0"), false);
     assert.equal(watched.last()[0], "degraded");
+  });
+
+  it("falls when nobody listens any more, whatever flowed a moment ago", async () => {
+    const watched = openai();
+    await watched.prober.check("b0");
+    await engine.stop();
+    watched.flows = true;
+    assert.equal(await watched.prober.check("b0"), false);
+    assert.deepEqual(watched.last(), ["degraded", "connection refused"]);
   });
 
   it("does not ask whether tokens flow when the probe was good", async () => {

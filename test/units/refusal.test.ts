@@ -373,6 +373,15 @@ const cases: [what: string, refused: Refused, expected: Expected][] = [
     unsupported(/does not support Chat Completions API/),
   ],
   [
+    "vLLM: an image to a model that reads text only",
+    {
+      kind: "vllm",
+      status: 400,
+      body: envelope("tiny is not a multimodal model None", "BadRequestError", 400),
+    },
+    { ...rejected(400, /not a multimodal model/), code: "unsupported_parameter" },
+  ],
+  [
     "SGLang: unknown route is FastAPI's detail",
     { kind: "sglang", status: 404, endpoint: rerank, body: { detail: "Not Found" } },
     unsupported(/does not do \/v1\/rerank/),
