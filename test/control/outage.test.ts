@@ -21,7 +21,7 @@ interface Seen {
   text: string;
 }
 
-describe("outages", { timeout: 60_000 }, () => {
+describe("outages", () => {
   let folder = "";
   let gateway: Gateway;
   let victim: EngineProcess;
@@ -111,7 +111,7 @@ describe("outages", { timeout: 60_000 }, () => {
     assert(seen.length > CLIENTS);
   }
 
-  it("killed, and back on another port by way of the file", async () => {
+  it("killed, and back on another port by way of the file", { timeout: 60_000 }, async () => {
     const seen = await underLoad(async (sofar) => {
       await until(isUsed(sofar));
       victim.kill("SIGKILL");
@@ -124,7 +124,7 @@ describe("outages", { timeout: 60_000 }, () => {
     nobodyNoticed(seen);
   });
 
-  it("frozen, and thawed", async () => {
+  it("frozen, and thawed", { timeout: 60_000 }, async () => {
     const seen = await underLoad(async (sofar) => {
       await until(isUsed(sofar));
       victim.kill("SIGSTOP");

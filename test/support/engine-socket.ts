@@ -189,11 +189,11 @@ export class WireServer {
     this.#handle = handle;
   }
 
-  async listen(port: number): Promise<void> {
+  async listen(port: number, host = "127.0.0.1"): Promise<void> {
     const server = net.createServer((socket) => this.#serve(socket));
     await new Promise<void>((resolve, reject) => {
       server.once("error", reject);
-      server.listen(port, "127.0.0.1", resolve);
+      server.listen(port, host, resolve);
     });
     this.#server = server;
     this.port = (server.address() as net.AddressInfo).port;

@@ -66,12 +66,14 @@ export interface EngineOptions {
   models?: (string | ModelInfo)[];
   /** One that is free: an engine that was closed comes back on its port. */
   port?: number;
+  /** A loopback address; 127.0.0.1 unless told otherwise. */
+  host?: string;
   behaviour?: Partial<Behaviour>;
 }
 
 export async function startEngine(options: EngineOptions = {}): Promise<FakeEngine> {
   const engine = new Engine(options);
-  await engine.server.listen(options.port ?? 0);
+  await engine.server.listen(options.port ?? 0, options.host);
   return engine.face();
 }
 
@@ -207,16 +209,15 @@ class Engine implements Host {
   /** The model is in memory and stays there until `leave`; `false`: refused, or the client has left. */
   async #enter(call: Call, info: ModelInfo, isPinned: boolean): Promise<boolean> {
     const request = this.#loadRequest(call, isPinned);
+    if (request.isAsleep) {
+      const home = this.perModel.get(call.model);
+      if (home?.sleeping !== undefined) home.sleeping = false;
+      this.behaviour.sleeping = false;
+    }
     const entered = await this.residency.enter(info.name, request);
     if (entered === "full") await refuse(call, "loadsFull");
     if (entered === "failed") await refuse(call, "loadFailed");
     if (entered !== "loaded") return false;
-    if (call.behaviour.sleeping) {
-      const home = this.perModel.get(call.model);
-      if (home?.sleeping !== undefined) home.sleeping = false;
-      this.behaviour.sleeping = false;
-      await this.residency.wake(info.name, request);
-    }
     return true;
   }
 
@@ -228,6 +229,7 @@ class Engine implements Host {
       left: reply.left,
       isTied: abortsLoads,
       isPinned,
+      isAsleep: behaviour.sleeping,
       maxWaiting: refusals.loadsFull === undefined ? Number.POSITIVE_INFINITY : behaviour.maxQueue,
     };
   }
