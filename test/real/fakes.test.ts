@@ -336,7 +336,8 @@ const router: Check[] = [
       const long = { model: "smol-a", messages: MESSAGES, max_tokens: 100 };
       await ask(at.url + chatPath, { ...long, max_tokens: 1 });
       const busy = ask(at.url + chatPath, long);
-      await new Promise((resolve) => setTimeout(resolve, 300));
+      const slots = `${at.url}/slots?model=smol-a&autoload=false`;
+      await until(async () => (await ask(slots)).text.includes('"is_processing":true'));
       const other = ask(at.url + chatPath, { ...long, model: "smol-b", max_tokens: 1 });
       const refused = await wordsOf(at, "/models/load", { model: "smol-b" });
       const meanwhile = await states(at);

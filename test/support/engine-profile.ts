@@ -83,7 +83,7 @@ export interface Profile {
   refusals: Refusals;
 }
 
-export function aboutOf(call: Call, more: Partial<About> = {}): About {
+function aboutOf(call: Call, more: Partial<About> = {}): About {
   const { request, host, path, model } = call;
   return {
     method: request.method,

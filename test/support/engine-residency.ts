@@ -19,6 +19,8 @@ export interface LoadRequest {
   isTied: boolean;
   /** Asked for by name: not evicted by what comes by itself (LM Studio). */
   isPinned: boolean;
+  /** It was put away while idle: coming back is a load like any other (wire §1.3). */
+  isAsleep: boolean;
   /** How many may wait for a load. */
   maxWaiting: number;
 }
@@ -84,7 +86,9 @@ export class Residency {
     const { behaviour } = request;
     // Without a limit and a load time there is nothing to wait for.
     const isFree = behaviour.loadMs === 0 && behaviour.maxLoaded === Number.POSITIVE_INFINITY;
-    if (this.#loaded.has(model) || (isFree && !behaviour.loadFails)) {
+    const isHere = this.#loaded.has(model) || (isFree && !behaviour.loadFails);
+    if (request.isAsleep) this.#loaded.delete(model);
+    else if (isHere) {
       this.#use(model, request.isPinned);
       return Promise.resolve("loaded");
     }
@@ -98,11 +102,6 @@ export class Residency {
   leave(model: string): void {
     this.#inUse.set(model, (this.#inUse.get(model) ?? 1) - 1);
     this.#wake?.();
-  }
-
-  /** A sleeping model comes back; that takes a load (wire §1.3, llama.cpp). */
-  async wake(model: string, { by, behaviour, left }: LoadRequest): Promise<void> {
-    await this.#load(model, by, behaviour, left);
   }
 
   #use(model: string, isPinned: boolean): void {

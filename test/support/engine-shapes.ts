@@ -89,7 +89,7 @@ export function join(pieces: Piece[]): { text: string; reasoning: string; toolCa
 }
 
 /** wire §1.6: `prompt_n` counts the new prompt tokens only, `cache_n` the others. */
-export function timingsObject(usage: Usage): Record<string, number> {
+function timingsObject(usage: Usage): Record<string, number> {
   const cached = usage.cached ?? 0;
   return {
     cache_n: cached,

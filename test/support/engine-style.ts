@@ -10,7 +10,7 @@ export const engineDied = {
   code: 500,
 };
 
-export function wideId(prefix: string, count: number): string {
+function wideId(prefix: string, count: number): string {
   return `${prefix}-${count.toString(16).padStart(24, "0")}`;
 }
 
