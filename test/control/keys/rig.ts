@@ -132,7 +132,7 @@ export async function startRig(): Promise<Rig> {
         const all = Object.values(await rig.backends());
         const running = await gateway.metric("tidegate_slots_in_use");
         return running === 0 && all.every(({ health }) => health === "healthy");
-      }, 10_000);
+      }, 4000);
       assert(isQuiet, JSON.stringify(await rig.backends()));
       for (const engine of Object.values(engines)) engine.reset();
     },
