@@ -1,12 +1,22 @@
 /** The operator's side (contract §5, `/admin/api`): what it shows, what it does, who may. */
 import assert from "node:assert/strict";
 import { mkdtemp, rm, utimes, writeFile } from "node:fs/promises";
-import { request } from "node:http";
+import { createServer, request } from "node:http";
+import type { AddressInfo } from "node:net";
 import { networkInterfaces, tmpdir } from "node:os";
 import { join } from "node:path";
 import { describe, it } from "node:test";
 import type { Answer, Init } from "../support/client.ts";
-import { chatBody, connect, open, openaiChat, readEvents, send, until } from "../support/client.ts";
+import {
+  chatBody,
+  connect,
+  open,
+  openaiChat,
+  readEvents,
+  send,
+  sleep,
+  until,
+} from "../support/client.ts";
 import type { FakeEngine } from "../support/engine.ts";
 import { startEngine } from "../support/engine.ts";
 import type { Member } from "../support/fleet.ts";
@@ -540,6 +550,44 @@ describe("POST reload", () => {
       assert.equal(await gateway.metric("tidegate_config_reloads_total"), 1);
     });
   });
+
+  it(
+    "leaves traces as the newest configuration says, however quickly they follow",
+    TIMEOUT,
+    async () => {
+      let exports = 0;
+      const collector = createServer((call, response) => {
+        exports++;
+        call.resume();
+        response.end();
+      });
+      await new Promise<void>((resolve) => collector.listen(0, "127.0.0.1", resolve));
+      const otlpEndpoint = `http://127.0.0.1:${(collector.address() as AddressInfo).port}`;
+      await operating(
+        { a: { models: model } },
+        {},
+        async ({ admin, url, backends, rewrite, gateway }) => {
+          const to = (telemetry: object) => rewrite({ backends, telemetry });
+          await to({ otlpEndpoint });
+          shown(await admin("reload", ""));
+          await to({});
+          shown(await admin("reload", ""));
+          // What loads the exporter, for the first of the two, has come to its end by then.
+          await sleep(1000);
+          assert.equal((await openaiChat(url)).status, 200);
+          await to({ otlpEndpoint });
+          shown(await admin("reload", ""));
+          await sleep(1000);
+          assert.equal(exports, 0);
+          assert.equal((await openaiChat(url)).status, 200);
+          await gateway.stop();
+          assert.equal(exports, 1, "what is left is exported at the end");
+        },
+      );
+      collector.close();
+      collector.closeAllConnections();
+    },
+  );
 
   it("by SIGHUP does the same", TIMEOUT, async () => {
     await operating({ a: { models: model } }, {}, async ({ admin, gateway, rewrite, backends }) => {
