@@ -1,7 +1,7 @@
 import { createParser } from "eventsource-parser";
 import { concat } from "../core/splice.ts";
 import { emptyFacts, errorWords, isRecord } from "../dialects/dialect.ts";
-import { readDenial, readRefusal } from "../engines/refusal.ts";
+import { readDenial, readErrorEvent, readRefusal } from "../engines/refusal.ts";
 import { GatewayError, quote } from "../errors.ts";
 import { AttemptFailed, type UpstreamAttempt } from "./attempt.ts";
 import type { Exchange } from "./exchange.ts";
@@ -137,13 +137,15 @@ export async function peek(
     parser.feed(decoder.decode(value, { stream: true }));
   }
   const [first] = events;
-  if (first !== undefined) judgeFirst(exchange, backend, first);
+  if (first !== undefined) judgeFirst(exchange, attempt, first);
   exchange.timing.first_token = plane.now() - attempt.sentAt - (exchange.timing.connect ?? 0);
   const cacheControl = response.headers.get("cache-control");
   return { contentType, cacheControl, head: concat(parts), more: true, attempt };
 }
 
-function judgeFirst(exchange: Exchange, backend: string, data: string) {
+function judgeFirst(exchange: Exchange, attempt: UpstreamAttempt, data: string) {
+  const { engine, target } = attempt.permit;
+  const { backend } = target;
   if (data === "[DONE]") return;
   let parsed: unknown;
   try {
@@ -153,7 +155,10 @@ function judgeFirst(exchange: Exchange, backend: string, data: string) {
   }
   const facts = emptyFacts();
   if (isRecord(parsed)) exchange.endpoint.readEvent(parsed, facts);
-  if (facts.error !== null) throw errorInside(backend, facts.error);
+  if (facts.error === null) return;
+  const refusal = readErrorEvent(engine, backend, exchange.endpoint, data);
+  if (refusal !== null) throw new AttemptFailed(refusal.fault, refusal.error);
+  throw errorInside(backend, facts.error);
 }
 
 async function notAStream(
@@ -214,6 +219,7 @@ function judgeWhole(exchange: Exchange, attempt: UpstreamAttempt, bytes: Uint8Ar
     throw invalid(backend, "something that is not JSON", text);
   }
   if (isRecord(parsed) && exchange.endpoint.readWhole(parsed, attempt.facts)) return;
+  if (Array.isArray(parsed) && exchange.endpoint.takesList === true) return;
   const inner = isRecord(parsed) ? parsed["error"] : undefined;
   if (isRecord(inner)) throw errorInside(backend, errorWords(inner) ?? "no words");
   throw (

@@ -113,6 +113,8 @@ export interface Endpoint {
    * @returns false when it is not an answer of this endpoint.
    */
   readWhole(body: Record<string, unknown>, facts: AnswerFacts): boolean;
+  /** A bare list is an answer too: SGLang ranks so. */
+  takesList?: boolean;
 }
 
 const optionalNumber = z.number().optional().catch(undefined);

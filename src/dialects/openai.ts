@@ -154,6 +154,7 @@ export const rerank: Endpoint = {
   path: "/v1/rerank",
   operation: "rerank",
   readWhole: readListed("results"),
+  takesList: true,
 };
 
 const RESPONSE_ENDS = new Set(["response.completed", "response.incomplete"]);

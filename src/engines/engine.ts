@@ -76,9 +76,9 @@ export interface Said {
 /**
  * What those words mean, where their status does not tell: this engine or this model does not do
  * the endpoint; the request is longer than the context; there is something in it that the model
- * cannot take; the model has to be loaded first, by a person.
+ * cannot take; the model has to be loaded first, by a person; the engine itself has failed.
  */
-export type Meaning = "unsupported" | "too_long" | "unsupported_input" | "not_loaded";
+export type Meaning = "unsupported" | "too_long" | "unsupported_input" | "not_loaded" | "broken";
 
 /** The backend's side: only what differs per kind. Knows no plane and no request but the one given. */
 export interface Engine {

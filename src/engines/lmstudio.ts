@@ -72,5 +72,9 @@ export const lmstudio: Engine = {
     }
     return openai.look(connection, signal);
   },
-  meaning: knownMeaning,
+  meaning(said) {
+    // Its own crash and a load that failed are a 400, as if the request were at fault.
+    if (/model has crashed|failed to load model/i.test(said.words)) return "broken";
+    return knownMeaning(said);
+  },
 };

@@ -1,5 +1,5 @@
 import type { Fault } from "../core/outcome.ts";
-import { isRecord, textOf, type Endpoint } from "../dialects/dialect.ts";
+import { isRecord, numberOf, textOf, type Endpoint } from "../dialects/dialect.ts";
 import { GatewayError, printable, quote, type ErrorCode } from "../errors.ts";
 import type { Engine, Said } from "./engine.ts";
 
@@ -64,7 +64,8 @@ export function readRefusal(
   const meaning = engine.meaning({ status, words, type, code, path });
   // A refusal of the request may repeat the prompt: of that the log only gets what kind it was.
   const kindOfError = `HTTP ${status} ${type ?? ""} ${code ?? ""}`.trim();
-  const isRequests = status < 500 || meaning === "too_long" || meaning === "unsupported_input";
+  const isBroken = status >= 500 || meaning === "broken";
+  const isRequests = !isBroken || meaning === "too_long" || meaning === "unsupported_input";
   const detail = isRequests ? kindOfError : `${kindOfError}: ${words.slice(0, 500)}`;
   const said = `backend ${quote(backend)} answered HTTP ${status}: ${cited(words)}`;
   const refusal = (fault: Fault, as: ErrorCode, message: string): Refusal => {
@@ -81,7 +82,7 @@ export function readRefusal(
     return refusal("rejected", "context_length_exceeded", cited(words));
   }
   if (meaning === "unsupported_input") return refusal("rejected", "unsupported_parameter", said);
-  if (status >= 500) return refusal("server_error", "upstream_error", said);
+  if (isBroken) return refusal("server_error", "upstream_error", said);
   const fix = meaning === "not_loaded" ? NOT_LOADED : fixOf(status);
   if (fix !== null) return refusal("misconfigured", "upstream_error", `${said} (${fix})`);
   const passed = { status, type: type ?? "invalid_request_error", code };
@@ -106,6 +107,27 @@ export function readDenial(
   const meaning = engine.meaning({ status: 200, words, type: null, code: null, path });
   if (meaning !== "unsupported") return null;
   return unsupported(`backend ${quote(backend)} answered: ${cited(words)}`, path, "HTTP 200");
+}
+
+/**
+ * Reads an error that came as the first event of a stream: null where it does not say that the request
+ * is at fault or the engine busy. The status it would have had is in its code, or in its words.
+ *
+ * @param text the event's data
+ */
+export function readErrorEvent(
+  engine: Engine,
+  backend: string,
+  endpoint: Endpoint,
+  text: string,
+): Refusal | null {
+  const body = parse(text);
+  const inner = isRecord(body) ? body["error"] : null;
+  const { words, type, code } = errorIn(text);
+  const told = isRecord(inner) ? numberOf(inner["code"]) : null;
+  const status = told ?? (isTooLong(words, type, code) ? 400 : 500);
+  if (status < 400 || (status >= 500 && status !== 503)) return null;
+  return readRefusal(engine, backend, endpoint, status, new Headers(), text);
 }
 
 const NOT_LOADED =

@@ -65,24 +65,6 @@ export const dialects: Record<EngineKind, Dialect> = {
   sglang: { ...plain, lacks: lacksRerank, busy: { maxQueued: 0, slots: 0 }, base64: false },
 };
 
-/**
- * What the gateway still does otherwise, by kind and case, with where it is said how it should be.
- * `OWED=1` runs these too; whoever mends one takes it out.
- */
-const owed: Record<string, string> = {
-  "lmstudio, fails without a stream": "LM Studio says 400 of its own crash, a client's error to us",
-  "lmstudio, load fails": "LM Studio says 400 where it cannot load: no client's error",
-  "lmstudio, too long, streamed": "contract §4: mapped, also where it is the first event of a 200",
-  "sglang, busy, streamed":
-    "wire §1.4: the 503 is the first event of a 200; saturated, not a failure",
-  "sglang, ranks": "contract §5: passed through; SGLang's is a bare list",
-};
-
-export function todo(kind: EngineKind, name: string): { todo?: string; timeout: number } {
-  const reason = process.env.OWED === undefined ? owed[`${kind}, ${name}`] : undefined;
-  return { timeout: 15_000, ...(reason === undefined ? {} : { todo: reason }) };
-}
-
 export const kinds = Object.keys(dialects) as EngineKind[];
 
 /** These serve one model per process, so what embeds or ranks needs another one. */
