@@ -1,5 +1,4 @@
 /** One engine of every kind, and in front of them a gateway that is told the kinds and one that finds them. */
-import process from "node:process";
 import type { Answer } from "../support/client.ts";
 import { chatBody, parseSse, send } from "../support/client.ts";
 import type { Behaviour } from "../support/engine-behaviour.ts";
