@@ -57,7 +57,9 @@ export class Log {
       const time = new Date().toISOString();
       this.#options.write(`${JSON.stringify({ time, level, msg, ...fields })}\n`);
     } else {
-      const words = Object.entries(fields).map(([key, value]) => `${key}=${JSON.stringify(value)}`);
+      const words = Object.entries(fields).flatMap(([key, value]) =>
+        value === undefined ? [] : [`${key}=${JSON.stringify(value)}`],
+      );
       this.#text(level, [msg, ...words].join(" "));
     }
   }

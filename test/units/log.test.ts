@@ -140,6 +140,20 @@ describe("the log as text", () => {
     assert(!/ttft|tokens|attempts|null/.test(line), line);
   });
 
+  it("leaves out what is undefined, as JSON does", () => {
+    const { made, lines } = log({ json: false });
+    made.info("backend removed", { backend_id: "a", kind: undefined, health: null });
+    assert.match(only(lines), /backend removed backend_id="a" health=null\n$/);
+  });
+
+  it("has the level of now, whatever it was at first", () => {
+    const { made, lines } = log({ level: "warn" });
+    made.info("unseen");
+    made.level = "info";
+    made.info("seen");
+    assert.match(only(lines), /"seen"/);
+  });
+
   it("has colours only where they are wanted", () => {
     for (const colour of [true, false]) {
       const { made, lines } = log({ json: false, colour });
