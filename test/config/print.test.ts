@@ -80,9 +80,10 @@ describe("a gateway that runs", () => {
       };
       await ask("config");
       const other = { ...CONFIG, auth: { keys: [{ key: `${SECRET}-2` }] } };
+      await ask("reload?dry_run=true", other);
+      assert.match(told.at(-1) ?? "", /"auth\.keys\[0\]\.key","from":"\*\*\*","to":"\*\*\*"/);
       await gateway.writeConfig(other);
       await ask("reload", {});
-      assert.match(told.at(-1) ?? "", /"auth\.keys\[0\]\.key","from":"\*\*\*","to":"\*\*\*"/);
       await gateway.writeConfig({ ...other, admin: { kye: SECRET } });
       await ask("reload", {});
       assert.match(told.at(-1) ?? "", /invalid_config/);

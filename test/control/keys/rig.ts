@@ -80,7 +80,8 @@ export async function startRig(): Promise<Rig> {
   } satisfies ConfigInput;
   const gateway = await startGateway({ config: base, env: { OTEL_BSP_SCHEDULE_DELAY: "50" } });
   const { url } = gateway;
-  let held: AbortController[] = [];
+  /** The answers too: a runtime may abort what nobody can read any more. */
+  let held: { controller: AbortController; response: Promise<Response> }[] = [];
 
   function patched({ backends = {}, ...sections }: Patch): object {
     const config: Record<string, object> = { ...base };
@@ -107,11 +108,11 @@ export async function startRig(): Promise<Rig> {
     chat: (body = {}, headers = {}) => openaiChat(url, { model: "m", ...body }, { headers }),
     hold(body = {}) {
       const controller = new AbortController();
-      held.push(controller);
       const init = { signal: controller.signal };
       const response = open(`${url}/v1/chat/completions`, chatBody({ model: "m", ...body }), init);
       // Whoever waits for it sees the rejection; for the others it is no failure.
       response.catch(() => {});
+      held.push({ controller, response });
       return response;
     },
     async models() {
@@ -124,7 +125,7 @@ export async function startRig(): Promise<Rig> {
       return Object.fromEntries(list.map((each) => [each.id, each]));
     },
     async reset() {
-      for (const each of held) each.abort();
+      for (const { controller } of held) controller.abort();
       held = [];
       for (const engine of Object.values(engines)) engine.reset();
       await rig.change({});
