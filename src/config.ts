@@ -192,7 +192,10 @@ const sections = {
     enabled: z.boolean().default(true).describe("Counts, and answers at `endpoint`."),
     endpoint: z
       .string()
-      .regex(/^\/[^?#\s]*$/, "expected a path such as /metrics")
+      .regex(
+        /^\/(?!(?:v1|api|admin|health|ready)(?:\/|$))[\w.~-]+(?:\/[\w.~-]+)*$/,
+        "expected a path such as /metrics that is no other route",
+      )
       .default("/metrics")
       .describe("Path of the Prometheus text."),
     labels: z

@@ -12,7 +12,7 @@ import { prepareAccess } from "./data/identify.ts";
 import { shuttingDown } from "./data/pipeline.ts";
 import type { Plane } from "./data/plane.ts";
 import { Fleet } from "./fleet/fleet.ts";
-import type { Settings, Sources } from "./load.ts";
+import type { Settings, Sources } from "./settings/load.ts";
 import type { Log } from "./telemetry/log.ts";
 import { Metrics } from "./telemetry/metrics.ts";
 import { startTracing, tracingWanted, untraced, type Tracing } from "./telemetry/tracing.ts";
@@ -95,7 +95,7 @@ export async function startGateway(
     admitting: true,
     now,
     snapshot: () => control.snapshot,
-    probe: (id) => control.check(id),
+    probe: ({ connection, engine }) => control.check(connection, engine),
   };
   const reloader = new Reloader(settings, {
     sources,

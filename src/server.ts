@@ -6,7 +6,14 @@ import { banner } from "./banner.ts";
 import { suggest } from "./core/suggest.ts";
 import { resolveA } from "./control/names.ts";
 import { startGateway, type Gateway } from "./gateway.ts";
-import { ConfigError, isLoopback, loadSettings, type Settings, type Sources } from "./load.ts";
+import {
+  ConfigError,
+  isLoopback,
+  loadSettings,
+  type Settings,
+  type Sources,
+} from "./settings/load.ts";
+import { shown } from "./settings/mistakes.ts";
 import { runtimeProblem } from "./runtime.ts";
 import { Log, type Level } from "./telemetry/log.ts";
 import { tracingWanted } from "./telemetry/tracing.ts";
@@ -204,6 +211,9 @@ async function main(): Promise<void> {
     );
   }
   const stopping = signalled();
+  let reload = () => {};
+  // From the first moment: its default is to end the process.
+  process.on("SIGHUP", () => reload());
   const gateway = await startGateway(settings, sources, {
     version: manifest.version,
     runtime: RUNTIME,
@@ -213,6 +223,8 @@ async function main(): Promise<void> {
     process: process,
     resolve: (name) => resolveA(name),
   });
+  reload = () => void gateway.reload("SIGHUP");
+  gateway.watch();
   const server = await listen(gateway, host, port).catch((error: unknown) => {
     const code = (error as { code?: string }).code;
     const reason =
@@ -222,12 +234,12 @@ async function main(): Promise<void> {
     process.stderr.write(`tidegate: ${reason}\n`);
     process.exit(1);
   });
-  const shown = isLoopback(host) || host === "0.0.0.0" || host === "::" ? "127.0.0.1" : host;
+  const name = isLoopback(host) || host === "0.0.0.0" || host === "::" ? "127.0.0.1" : host;
   process.stderr.write(
     banner({
       version: manifest.version,
       runtime: RUNTIME,
-      url: `http://${shown.includes(":") ? `[${shown}]` : shown}:${server.port}`,
+      url: `http://${name.includes(":") ? `[${name}]` : name}:${server.port}`,
       source:
         config.backends.length > 0 ? source : `${source} (names no backends: looked for them)`,
       startedInMs: performance.now() - began,
@@ -235,15 +247,13 @@ async function main(): Promise<void> {
       snapshot: gateway.snapshot(),
       metricsPath: config.metrics.enabled ? config.metrics.endpoint : null,
       tracesTo: tracingWanted(config.telemetry, process.env)
-        ? (config.telemetry.otlpEndpoint ?? "as OTEL_* says")
+        ? String(shown(["otlpEndpoint"], config.telemetry.otlpEndpoint ?? "as OTEL_* says"))
         : null,
       needsKey: config.auth.keys.length > 0 || settings.environmentKeys.length > 0,
       notes: settings.notes,
       colour: forced || (colours && process.stderr.isTTY === true),
     }),
   );
-  gateway.watch();
-  process.on("SIGHUP", () => void gateway.reload("SIGHUP"));
   await gateway.startTracing();
 
   const signal = await stopping;

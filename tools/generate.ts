@@ -8,8 +8,8 @@
  */
 import { readFile, writeFile } from "node:fs/promises";
 import process from "node:process";
-import { SCALARS } from "../src/environment.ts";
-import { configShape, type Shape } from "../src/shape.ts";
+import { SCALARS } from "../src/settings/environment.ts";
+import { configShape, type Shape } from "../src/settings/shape.ts";
 
 const MARK = "<!-- tables -->";
 const HEAD = "| key | type, default | meaning | variable |\n| --- | --- | --- | --- |";

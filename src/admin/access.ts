@@ -1,6 +1,6 @@
 import { createHash, timingSafeEqual } from "node:crypto";
 import { GatewayError, quote } from "../errors.ts";
-import { isLoopback } from "../load.ts";
+import { isLoopback } from "../settings/load.ts";
 
 function sha256(text: string): Uint8Array {
   return createHash("sha256").update(text).digest();

@@ -5,7 +5,7 @@ import type { Backend } from "../core/snapshot.ts";
 import { suggest } from "../core/suggest.ts";
 import { refuseInvalid } from "../dialects/dialect.ts";
 import { GatewayError, quote } from "../errors.ts";
-import { ConfigError } from "../load.ts";
+import { ConfigError } from "../settings/load.ts";
 import { checkOperator } from "./access.ts";
 import type { Operations } from "./operations.ts";
 

@@ -2,7 +2,7 @@ import type { BackendAction, Control } from "../control/control.ts";
 import type { Difference, LastReload, Reloader } from "../control/reload.ts";
 import type { Backend, Snapshot } from "../core/snapshot.ts";
 import type { Fleet } from "../fleet/fleet.ts";
-import { valuesOf, type Value } from "../values.ts";
+import { valuesOf, type Value } from "../settings/values.ts";
 
 /** A backend as the snapshot has it, and how it is doing. Durations in milliseconds. */
 export interface BackendReport extends Backend {

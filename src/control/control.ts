@@ -1,8 +1,9 @@
 import type { Config } from "../config.ts";
 import type { Snapshot } from "../core/snapshot.ts";
+import type { Connection, Engine } from "../engines/engine.ts";
 import type { Log } from "../telemetry/log.ts";
 import { Names, type Address } from "./names.ts";
-import { lookAt, Prober } from "./probe.ts";
+import { lookAt, Prober, within } from "./probe.ts";
 import { isSamePlace, Registry, type Seen, type Wanted } from "./registry.ts";
 import { Search, type Place } from "./search.ts";
 
@@ -41,6 +42,8 @@ export interface ControlOptions {
 
 /** How long a first look at new backends may hold up what waits for them. */
 const FIRST_LOOK_MS = 1000;
+/** For a probe of a backend that is no longer in the configuration, which would say how long. */
+const LEFT_LOOK_MS = 3000;
 
 /** The control plane: which backends there are to be, watched, and published as snapshots. */
 export class Control {
@@ -100,9 +103,19 @@ export class Control {
     return this.#registry.apiKeyOf(id);
   }
 
-  /** Probes a backend at once; true when it answers. Never rejects. */
-  check(id: string): Promise<boolean> {
-    return this.#prober.check(id);
+  /**
+   * Probes a backend at once; true when it answers. One that has been taken out or has moved is looked
+   * at where it was: what runs there has to know as well. Never rejects.
+   */
+  check(connection: Connection, engine: Engine): Promise<boolean> {
+    const { id, url } = connection;
+    const isHere = this.#registry.wanted.some((each) => each.id === id && (each.url ?? "") === url);
+    if (isHere) return this.#prober.check(id);
+    const look = within(LEFT_LOOK_MS, (signal) => engine.look(connection, signal));
+    return look.then(
+      () => true,
+      () => false,
+    );
   }
 
   /**

@@ -7,10 +7,10 @@ import {
   watchedFiles,
   type Settings,
   type Sources,
-} from "../load.ts";
-import type { Mistake } from "../mistakes.ts";
+} from "../settings/load.ts";
+import type { Mistake } from "../settings/mistakes.ts";
 import type { Log } from "../telemetry/log.ts";
-import { changesBetween, type Change, type Value } from "../values.ts";
+import { changesBetween, type Change, type Value } from "../settings/values.ts";
 import type { BackendAction } from "./control.ts";
 
 /** What a reload did, or would do. */
@@ -42,6 +42,20 @@ export interface ReloaderOptions {
   swap: (settings: Settings) => Promise<BackendAction[]>;
   /** A reload is over. */
   done: (ok: boolean) => void;
+}
+
+/**
+ * Whoever may ask what a configuration would change may not read the environment that way.
+ *
+ * @returns a value as it may be shown: `***` where it holds what a `${VAR}` of the file stands for.
+ */
+function hidingVariables(file: unknown, environment: Sources["environment"]) {
+  const names = JSON.stringify(file).matchAll(/\$\{(\w+)/g);
+  const values = [...names].flatMap(([, name = ""]) => environment[name] || []);
+  return (value: unknown): unknown => {
+    const text = String(JSON.stringify(value));
+    return values.some((each) => text.includes(JSON.stringify(each).slice(1, -1))) ? "***" : value;
+  };
 }
 
 /** Reads the configuration again, and swaps it in or keeps the last good one. */
@@ -86,8 +100,18 @@ export class Reloader {
    */
   compare(file: unknown): Difference & { settings: Settings } {
     const { sources } = this.#options;
-    const settings = settle(file, "the request's body", sources);
-    return { ...this.#difference(settings), settings: this.#onSocket(settings) };
+    const source = "the request's body";
+    const hide = hidingVariables(file, sources.environment);
+    try {
+      const settings = settle(file, source, sources);
+      const { changes, restart } = this.#difference(settings);
+      const shown = changes.map((change) => ({ ...change, to: hide(change.to) }));
+      return { changes: shown, restart, settings: this.#onSocket(settings) };
+    } catch (error) {
+      if (!(error instanceof ConfigError)) throw error;
+      const mistakes = error.mistakes.map((each) => ({ ...each, value: hide(each.value) }));
+      throw new ConfigError(source, mistakes);
+    }
   }
 
   /** Reloads whenever the file has changed: by polling, which sees renames and symlinks as well. */

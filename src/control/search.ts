@@ -1,7 +1,7 @@
 import type { BackendConfig, Kind } from "../config.ts";
 import { isRecord } from "../dialects/dialect.ts";
 import { ask } from "../engines/engine.ts";
-import { numbered } from "../environment.ts";
+import { numbered } from "../settings/environment.ts";
 import { fingerprint, within } from "./probe.ts";
 
 /** Where the engines listen unless told otherwise. Several share a port: the fingerprint decides. */

@@ -37,7 +37,7 @@ export async function forward(
     );
   }
   const stopConnect = exchange.after(timeouts.connectMs, () => {
-    void plane.probe(backend).then((answers) => {
+    void plane.probe(permit).then((answers) => {
       if (answers || attempt.response !== null || flowsSince(plane, backend, timeouts.connectMs))
         return;
       const message = `backend ${quote(backend)} does not answer, nor does it answer a probe (timeouts.connectMs)`;

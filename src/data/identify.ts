@@ -1,8 +1,8 @@
 import { createHash, timingSafeEqual } from "node:crypto";
 import type { Config } from "../config.ts";
-import type { EnvironmentKey } from "../environment.ts";
+import type { EnvironmentKey } from "../settings/environment.ts";
 import { GatewayError, quote } from "../errors.ts";
-import { isLoopback } from "../load.ts";
+import { isLoopback } from "../settings/load.ts";
 
 interface Key {
   digest: Uint8Array;

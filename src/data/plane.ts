@@ -1,6 +1,6 @@
 import type { Config } from "../config.ts";
 import type { Snapshot } from "../core/snapshot.ts";
-import type { Fleet } from "../fleet/fleet.ts";
+import type { Fleet, Permit } from "../fleet/fleet.ts";
 import type { Log } from "../telemetry/log.ts";
 import type { Metrics } from "../telemetry/metrics.ts";
 import type { Tracing } from "../telemetry/tracing.ts";
@@ -27,6 +27,6 @@ export interface Plane {
   /** Monotonic milliseconds. */
   now(): number;
   snapshot(): Snapshot;
-  /** Probes a backend at once; true when it answers. Never rejects. */
-  probe(backend: string): Promise<boolean>;
+  /** Probes at once the place a permit is for; true when it answers. Never rejects. */
+  probe(permit: Permit): Promise<boolean>;
 }

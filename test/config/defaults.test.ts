@@ -1,7 +1,7 @@
 /** Every key of the contract (§1, what has been built of it): its default, and what it takes. */
 import assert from "node:assert/strict";
 import { describe, it } from "node:test";
-import { check } from "../../src/mistakes.ts";
+import { check } from "../../src/settings/mistakes.ts";
 
 const MIB = 1024 * 1024;
 
@@ -130,7 +130,7 @@ describe("values", () => {
     ["cache", { maxItems: 1, ttlMs: 0 }],
     ["circuitBreaker", { failureThreshold: 1 }],
     ["metrics.labels", [], ["tenant", "endpoint"]],
-    ["metrics.endpoint", "/", "/internal/metrics"],
+    ["metrics.endpoint", "/metrics.txt", "/internal/metrics", "/v1metrics"],
     ["telemetry.sampling", 0, 0.5, 1],
     ["telemetry.otlpEndpoint", "http://127.0.0.1:4318"],
     ["admin.enabled", false, true],
@@ -152,7 +152,18 @@ describe("values", () => {
     ["cache", true, { maxItems: 0 }, { maxBytes: 0 }],
     ["circuitBreaker", { failureThreshold: 0 }, { halfOpenRequests: 0 }],
     ["metrics.labels", ["user"], "model"],
-    ["metrics.endpoint", "metrics", "/a?b", "/a#b", "/a b"],
+    [
+      "metrics.endpoint",
+      "metrics",
+      "/a?b",
+      "/a#b",
+      "/a b",
+      "/",
+      "/*",
+      "/:id{(}",
+      "/v1/models",
+      "/admin",
+    ],
     ["telemetry.sampling", -0.1, 1.1],
     ["telemetry.otlpEndpoint", "127.0.0.1:4318", "ftp://x"],
     ["telemetry.serviceName", ""],

@@ -1,9 +1,9 @@
 /** Environment variables: one for every single value outside lists and maps (contract §1). */
 import assert from "node:assert/strict";
 import { describe, it } from "node:test";
-import { variableOf, type Environment } from "../../src/environment.ts";
-import { ConfigError, settle, type Flags, type Settings } from "../../src/load.ts";
-import { configShape, scalarPaths, shapesAt, type Shape } from "../../src/shape.ts";
+import { variableOf, type Environment } from "../../src/settings/environment.ts";
+import { ConfigError, settle, type Flags, type Settings } from "../../src/settings/load.ts";
+import { configShape, scalarPaths, shapesAt, type Shape } from "../../src/settings/shape.ts";
 
 function settled(environment: Environment, file: object = {}, flags: Flags = {}): Settings {
   return settle(file, "test", { flags, environment, directory: "/" });

@@ -3,9 +3,9 @@ import assert from "node:assert/strict";
 import { mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { describe, it } from "node:test";
-import type { Environment } from "../../src/environment.ts";
-import type { Settings } from "../../src/load.ts";
-import { readConfigFile } from "../../src/read-file.ts";
+import type { Environment } from "../../src/settings/environment.ts";
+import type { Settings } from "../../src/settings/load.ts";
+import { readConfigFile } from "../../src/settings/read-file.ts";
 import { directory, failure, load, loadFrom, paths } from "./support.ts";
 
 describe("the file", () => {

@@ -4,7 +4,7 @@ import { readFile } from "node:fs/promises";
 import { describe, it } from "node:test";
 import { parse } from "yaml";
 import { z } from "zod";
-import { SCALARS } from "../../src/environment.ts";
+import { SCALARS } from "../../src/settings/environment.ts";
 import { generated } from "../../tools/generate.ts";
 
 const here = (path: string): Promise<string> =>

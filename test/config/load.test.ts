@@ -1,8 +1,8 @@
 /** Where the configuration comes from: flag over environment over file over default. */
 import assert from "node:assert/strict";
 import { describe, it } from "node:test";
-import type { Environment } from "../../src/environment.ts";
-import { isLoopback, type Settings } from "../../src/load.ts";
+import type { Environment } from "../../src/settings/environment.ts";
+import { isLoopback, type Settings } from "../../src/settings/load.ts";
 import { directory, failure, load, loadFrom, paths } from "./support.ts";
 
 describe("precedence", () => {

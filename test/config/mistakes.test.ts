@@ -1,7 +1,7 @@
 /** What is wrong with a configuration: everything at once, each with its path, value, and way out. */
 import assert from "node:assert/strict";
 import { describe, it } from "node:test";
-import { check, describe as inWords, type Mistake } from "../../src/mistakes.ts";
+import { check, describe as inWords, type Mistake } from "../../src/settings/mistakes.ts";
 
 function mistakesOf(raw: unknown): Mistake[] {
   const result = check(raw);

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { describe, it } from "node:test";
 import { send } from "../support/client.ts";
 import { startGateway } from "../support/gateway.ts";
-import type { Value } from "../../src/values.ts";
+import type { Value } from "../../src/settings/values.ts";
 
 const TIMEOUT = { timeout: 20_000 };
 const SECRET = "correct-horse-battery";

@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { after, before, describe, it } from "node:test";
 import root from "../../gateway.config.ts";
 import { schema } from "../../src/config.ts";
-import { check } from "../../src/mistakes.ts";
+import { check } from "../../src/settings/mistakes.ts";
 
 type Tree = Record<string, unknown>;
 

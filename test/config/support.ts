@@ -5,8 +5,8 @@ import { mkdtemp, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
-import type { Environment } from "../../src/environment.ts";
-import { ConfigError, loadSettings, type Flags, type Settings } from "../../src/load.ts";
+import type { Environment } from "../../src/settings/environment.ts";
+import { ConfigError, loadSettings, type Flags, type Settings } from "../../src/settings/load.ts";
 
 export const loadFrom = (
   flags: Flags,

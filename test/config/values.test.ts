@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { describe, it } from "node:test";
 import { schema, type ConfigInput } from "../../src/config.ts";
-import { changesBetween, valuesOf, type Change, type Value } from "../../src/values.ts";
+import { changesBetween, valuesOf, type Change, type Value } from "../../src/settings/values.ts";
 
 /** As the documentation would have it printed: `path = value (origin)`. */
 function lines(values: readonly Value[]): string[] {

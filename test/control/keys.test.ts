@@ -4,7 +4,7 @@
  */
 import assert from "node:assert/strict";
 import { after, afterEach, before, describe, it } from "node:test";
-import { configShape, type Shape } from "../../src/shape.ts";
+import { configShape, type Shape } from "../../src/settings/shape.ts";
 import { backendKeys, laterKeys, modelKeys } from "./keys/backends.ts";
 import { drainKeys } from "./keys/drain.ts";
 import { metricKeys, telemetryKeys } from "./keys/observe.ts";

@@ -5,7 +5,7 @@ import process from "node:process";
 import { after, before, describe, it } from "node:test";
 import { resolveA } from "../../src/control/names.ts";
 import { startGateway, type Gateway } from "../../src/gateway.ts";
-import { settle } from "../../src/load.ts";
+import { settle } from "../../src/settings/load.ts";
 import { Log } from "../../src/telemetry/log.ts";
 import { chatBody, until } from "../support/client.ts";
 import { startDns, type FakeDns } from "../support/dns.ts";

@@ -5,6 +5,7 @@ import { schema, type Config, type ConfigInput } from "../../src/config.ts";
 import { Control } from "../../src/control/control.ts";
 import type { Address } from "../../src/control/names.ts";
 import type { Snapshot } from "../../src/core/snapshot.ts";
+import { engineOf } from "../../src/engines/kinds.ts";
 import { Log } from "../../src/telemetry/log.ts";
 
 /** The names of the models at an origin; null: it takes the connection and says nothing. */
@@ -50,6 +51,12 @@ describe("Control", () => {
   let lines: Record<string, unknown>[];
   let names: Map<string, Address[] | Error>;
   let clock = 0;
+
+  /** What somebody asks whose request runs at that port. */
+  function check(port: number): Promise<boolean> {
+    const { id, url } = at(port);
+    return control.check({ id, url, apiKey: null }, engineOf("openai"));
+  }
 
   beforeEach(() => {
     engines.clear();
@@ -259,11 +266,23 @@ describe("Control", () => {
     while (Date.now() === before) {
       // A millisecond is enough.
     }
-    assert.equal(await control.check("b1"), true);
+    assert.equal(await check(1), true);
     assert((control.checkedAt("b1") ?? 0) > before);
     assert.equal(published.length, 1);
     assert.equal(control.checkedAt("nobody"), null);
-    assert.equal(await control.check("nobody"), false);
+    assert.equal(await check(2), false, "it never was there, and nobody answers");
+  });
+
+  it("looks at one that has gone or moved where it was: what runs there asks too", async () => {
+    serve(1, "m");
+    await configure({ backends: [at(1)] });
+    await configure({ backends: [at(2)] });
+    assert.equal(await check(1), true, "gone");
+    serve(3, "m");
+    await configure({ backends: [{ ...at(3), id: "b1" }] });
+    assert.equal(await check(1), true, "moved, and there still");
+    engines.delete(origin(1));
+    assert.equal(await check(1), false, "moved, and dead where it was");
   });
 
   it("hands out the key of each backend", async () => {
@@ -292,11 +311,11 @@ describe("Control", () => {
   it("writes down each change of health, and no other probe", async () => {
     serve(1, "m");
     await configure({ backends: [at(1)] });
-    await control.check("b1");
+    await check(1);
     engines.delete(origin(1));
-    for (let times = 0; times < 3; times++) await control.check("b1");
+    for (let times = 0; times < 3; times++) await check(1);
     serve(1, "m");
-    await control.check("b1");
+    await check(1);
     assert.deepEqual(
       said("backend health").map(({ level, from, to, reason }) => [level, from, to, reason]),
       [
@@ -316,12 +335,12 @@ describe("Control", () => {
     const warnings = () => lines.filter(({ level }) => level === "warn").length;
     assert.equal(warnings(), 1);
     serve(1, "m:1", "n:1");
-    await control.check("b1");
+    await check(1);
     assert.equal(warnings(), 1);
     digests.set(origin(2), "one");
-    await control.check("b2");
+    await check(2);
     digests.set(origin(2), "other");
-    await control.check("b2");
+    await check(2);
     assert.equal(warnings(), 2);
   });
 

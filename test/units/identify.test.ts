@@ -4,7 +4,7 @@ import { createHash } from "node:crypto";
 import { describe, it } from "node:test";
 import { schema, type ConfigInput } from "../../src/config.ts";
 import { checkOrigin, identify, prepareAccess, type Access } from "../../src/data/identify.ts";
-import type { EnvironmentKey } from "../../src/environment.ts";
+import type { EnvironmentKey } from "../../src/settings/environment.ts";
 import { GatewayError } from "../../src/errors.ts";
 
 function access(input: ConfigInput = {}, keys: EnvironmentKey[] = []): Access {

@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { afterEach, beforeEach, describe, it } from "node:test";
 import type { BackendAction } from "../../src/control/control.ts";
 import { Reloader } from "../../src/control/reload.ts";
-import { ConfigError, loadSettings, type Flags, type Settings } from "../../src/load.ts";
+import { ConfigError, loadSettings, type Flags, type Settings } from "../../src/settings/load.ts";
 import { Log } from "../../src/telemetry/log.ts";
 import { sleep, until } from "../support/client.ts";
 
@@ -345,6 +345,25 @@ describe("a comparison", () => {
     assert.deepEqual([restart, settings.config.queue.heartbeatMs], [["server.port"], 7]);
     assert.equal(world.reloader.settings.config.queue.maxLength, 1);
     assert.deepEqual([world.reloader.last, world.swapped, world.results], [null, [], []]);
+  });
+
+  it("tells nobody what stands in the environment", async () => {
+    await write(queue(1));
+    const { reloader } = await started({ config: NAME }, { TOKEN: 's3"cret' });
+    const file = {
+      telemetry: { serviceName: "name-${TOKEN}" },
+      server: { allowedHosts: ["${TOKEN}"] },
+    };
+    const { changes } = reloader.compare(file);
+    assert.deepEqual(
+      changes.map(({ to }) => to),
+      ["***", "***"],
+    );
+    assert.throws(
+      () => reloader.compare({ server: { logLevel: "${TOKEN}" } }),
+      ({ message, mistakes }: ConfigError) =>
+        !`${message}${JSON.stringify(mistakes)}`.includes("cret"),
+    );
   });
 
   it("throws every mistake, also of what is no object", async () => {

@@ -5,7 +5,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { startGateway } from "../../../src/gateway.ts";
-import { loadSettings, type Sources } from "../../../src/load.ts";
+import { loadSettings, type Sources } from "../../../src/settings/load.ts";
 import { Log } from "../../../src/telemetry/log.ts";
 import { send } from "../../support/client.ts";
 import { expectError } from "../../support/fleet.ts";

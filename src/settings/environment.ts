@@ -1,4 +1,4 @@
-import { suggest } from "./core/suggest.ts";
+import { suggest } from "../core/suggest.ts";
 import type { Mistake } from "./mistakes.ts";
 import { coerce, scalarPaths } from "./shape.ts";
 

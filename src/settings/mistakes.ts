@@ -1,6 +1,6 @@
 import type { z } from "zod";
-import { schema, type Config } from "./config.ts";
-import { suggest } from "./core/suggest.ts";
+import { schema, type Config } from "../config.ts";
+import { suggest } from "../core/suggest.ts";
 import { knownKeys, pathText, type Path } from "./shape.ts";
 
 /** One thing that is wrong in a configuration, with what is needed to put it right. */
@@ -86,7 +86,9 @@ function mistakesOf(issue: z.core.$ZodIssue, raw: unknown, base: Path = []): Mis
 
 /** zod's sentence behind "expected". */
 function wanted(message: string): string {
-  return message.replace(/^(?:Invalid input: )?expected /, "");
+  return message
+    .replace(/^(?:Invalid input|Too small|Too big): /, "")
+    .replace(/^expected (?:number to be (?=[<>]))?/, "");
 }
 
 function listOf(value: unknown): unknown[] {

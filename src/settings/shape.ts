@@ -1,5 +1,5 @@
 import { z } from "zod";
-import { schema } from "./config.ts";
+import { schema } from "../config.ts";
 
 /** The part of JSON Schema that our own schema uses. */
 export interface Shape {
