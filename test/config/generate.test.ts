@@ -58,7 +58,7 @@ describe("schema.json", () => {
         ],
         models: { "x:1": { aliases: ["y"], fallback: ["a", "b"], concurrency: 1 } },
         auth: { keys: [{ key: "k" }, { hash: `sha256:${"0".repeat(64)}` }] },
-        metrics: { labels: ["tenant"], endpoint: "/" },
+        metrics: { labels: ["tenant"], endpoint: "/m" },
         admin: { enabled: false, key: "k" },
       }),
     );

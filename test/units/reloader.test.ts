@@ -348,7 +348,7 @@ describe("a comparison", () => {
   });
 
   it("tells nobody what stands in the environment", async () => {
-    await write(queue(1));
+    await write({});
     const { reloader } = await started({ config: NAME }, { TOKEN: 's3"cret' });
     const file = {
       telemetry: { serviceName: "name-${TOKEN}" },
