@@ -184,9 +184,17 @@ const sections = {
     streamCacheDisabled: z.boolean().default(true).describe("In effect from a later version."),
   }),
   circuitBreaker: z.strictObject({
-    failureThreshold: count.default(3).describe("In effect from a later version."),
-    resetTimeoutMs: ms.default(10_000).describe("In effect from a later version."),
-    halfOpenRequests: count.default(1).describe("In effect from a later version."),
+    failureThreshold: count
+      .default(3)
+      .describe("Opens after so many failures in a row; nothing else opens it."),
+    resetTimeoutMs: ms
+      .default(10_000)
+      .describe(
+        "Open for so long, doubled each time it opens again up to 8 ×, jittered downward by up to a fifth.",
+      ),
+    halfOpenRequests: count
+      .default(1)
+      .describe("Requests at once that try whether it works again."),
   }),
   metrics: z.strictObject({
     enabled: z.boolean().default(true).describe("Counts, and answers at `endpoint`."),
@@ -233,8 +241,8 @@ export const schema = z.strictObject({
   auth: sections.auth.prefault({}).describe("Keys of clients."),
   cache: sections.cache.optional().describe("Accepted; in effect from a later version."),
   circuitBreaker: sections.circuitBreaker
-    .optional()
-    .describe("Accepted; in effect from a later version."),
+    .prefault({})
+    .describe("Leaves backends, and models on them, alone while they fail."),
   metrics: sections.metrics.prefault({}).describe("Prometheus."),
   telemetry: sections.telemetry.prefault({}).describe("OpenTelemetry."),
   admin: sections.admin.prefault({}).describe("The operator's side: `/admin/api`."),

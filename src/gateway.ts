@@ -6,6 +6,7 @@ import { Control } from "./control/control.ts";
 import type { Address } from "./control/names.ts";
 import { Reloader } from "./control/reload.ts";
 import type { Place } from "./control/search.ts";
+import { RetryBudget } from "./core/retries.ts";
 import type { Snapshot } from "./core/snapshot.ts";
 import type { Exchange } from "./data/exchange.ts";
 import { prepareAccess } from "./data/identify.ts";
@@ -72,6 +73,8 @@ export async function startGateway(
     now,
     upstreamLimit: host.upstreamLimit,
     maxLength: settings.config.queue.maxLength,
+    breaker: settings.config.circuitBreaker,
+    random: Math.random,
     apiKeyOf: (id) => control.apiKeyOf(id),
   });
   const control: Control = new Control({
@@ -80,6 +83,7 @@ export async function startGateway(
     random: Math.random,
     resolve: host.resolve,
     publish: (snapshot) => fleet.apply(snapshot),
+    stuck: (id) => fleet.isStuck(id),
     flowing: (id, withinMs) => now() - fleet.lastChunkAt(id) < withinMs,
   });
   const exchanges = new Set<Exchange>();
@@ -91,6 +95,7 @@ export async function startGateway(
     metrics: null,
     tracing: untraced,
     exchanges,
+    retries: new RetryBudget(),
     heldBytes: 0,
     admitting: true,
     now,
@@ -112,6 +117,7 @@ export async function startGateway(
     usage: () => fleet.usage(),
     running: () => [...exchanges].map((exchange) => exchange.record),
     heldBytes: () => plane.heldBytes,
+    breakers: () => fleet.breakers(),
     reloaded: () => reloader.last?.ok ?? true,
   };
 
@@ -156,6 +162,7 @@ export async function startGateway(
     plane.config = config;
     plane.access = prepareAccess(config, environmentKeys);
     fleet.maxLength = config.queue.maxLength;
+    fleet.breaker = config.circuitBreaker;
     log.level = config.server.logLevel;
     measure();
     app = createApp(plane, appOptions());

@@ -1,5 +1,6 @@
 import type { BackendAction, Control } from "../control/control.ts";
 import type { Difference, LastReload, Reloader } from "../control/reload.ts";
+import type { BreakerState } from "../core/breaker.ts";
 import type { Backend, Snapshot } from "../core/snapshot.ts";
 import type { Fleet } from "../fleet/fleet.ts";
 import { valuesOf, type Value } from "../settings/values.ts";
@@ -10,7 +11,8 @@ export interface BackendReport extends Backend {
   queued: number;
   /** Requests at once. */
   slots: number;
-  breaker: { state: "closed"; failures: number; untilAt: null };
+  /** Of the backend as a whole; `untilAt` is Unix milliseconds, null while it is not open. */
+  breaker: { state: BreakerState; failures: number; untilAt: number | null };
   ttftMs: { p50: number | null; p95: number | null; p99: number | null };
   tokensPerSecond: number | null;
   lastError: { at: number; code: string } | null;
@@ -53,7 +55,7 @@ export class Operations {
         inFlight: running,
         queued: waiting,
         slots,
-        breaker: { state: "closed", failures: observed?.failures ?? 0, untilAt: null },
+        breaker: this.#fleet.breakerOf(backend.id),
         ttftMs: {
           p50: observed?.ttftMs(0.5) ?? null,
           p95: observed?.ttftMs(0.95) ?? null,

@@ -38,6 +38,8 @@ export interface ControlOptions {
   publish: (snapshot: Snapshot) => void;
   /** Tokens flowed from this backend within the last so many milliseconds. */
   flowing: (id: string, withinMs: number) => boolean;
+  /** Its streams stand still, whatever it answers. */
+  stuck: (id: string) => boolean;
 }
 
 /** How long a first look at new backends may hold up what waits for them. */
@@ -58,7 +60,7 @@ export class Control {
   #warnings: readonly string[] = [];
 
   constructor(options: ControlOptions) {
-    const { log, now, random, resolve, flowing } = options;
+    const { log, now, random, resolve, flowing, stuck } = options;
     this.#log = log;
     this.#registry = new Registry((snapshot) => {
       options.publish(snapshot);
@@ -68,6 +70,7 @@ export class Control {
       report: (id, seen) => this.#report(id, seen),
       seen: (id) => this.#registry.seen(id),
       flowing,
+      stuck,
       now,
       random,
     });

@@ -100,6 +100,8 @@ export interface ProberOptions {
   seen: (id: string) => Seen | undefined;
   /** Tokens flowed from this backend within the last so many milliseconds. */
   flowing: (id: string, withinMs: number) => boolean;
+  /** Its streams stand still, whatever it answers. */
+  stuck: (id: string) => boolean;
   /** Monotonic milliseconds. */
   now: () => number;
   /** From 0 up to 1, for jitter. */
@@ -214,6 +216,10 @@ export class Prober {
     try {
       const seen = await lookAt(backend, watch.kind);
       watch.kind = seen.kind;
+      if (this.#options.stuck(backend.id)) {
+        this.#fail(watch, seen, "it answers probes, but its streams stand still");
+        return true;
+      }
       watch.failures = 0;
       // An engine that is still loading lists nothing yet.
       this.#report(watch, seen.health === "healthy" ? seen : { ...seen, models: before.models });
@@ -227,11 +233,15 @@ export class Prober {
         return true;
       }
       watch.kind = null;
-      watch.failures++;
-      const health = watch.failures >= FAILURES_TO_UNHEALTHY ? "unhealthy" : "degraded";
-      this.#report(watch, { ...seen, health, reason });
+      this.#fail(watch, seen, reason);
       return false;
     }
+  }
+
+  #fail(watch: Watch, seen: Seen, reason: string) {
+    watch.failures++;
+    const health = watch.failures >= FAILURES_TO_UNHEALTHY ? "unhealthy" : "degraded";
+    this.#report(watch, { ...seen, health, reason });
   }
 
   #report(watch: Watch, seen: Seen) {

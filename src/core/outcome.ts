@@ -1,11 +1,8 @@
 /** The verdict on one attempt, for breaker and metrics. */
 export type Outcome = "success" | "failure" | "saturated" | "ignore";
 
-/**
- * May the request be sent again before it is committed? `elsewhere`: to another backend, waiting if
- * need be; `free_slot`: to another backend, but only where it starts at once; `no`: never.
- */
-export type Retry = "elsewhere" | "free_slot" | "no";
+/** May the request be sent to another backend, as long as it is not committed? */
+export type Retry = "elsewhere" | "no";
 
 /** What went wrong with one attempt. */
 export type Fault =
@@ -32,23 +29,49 @@ export type Fault =
   /** The client left, or the gateway shuts down. */
   | "ended";
 
+/** What one attempt says, of its backend as a whole and of the model there. */
 export interface Verdict {
   outcome: Outcome;
+  backend: Outcome;
+  model: Outcome;
   retry: Retry;
 }
 
+/** The whole answer came. */
+export const SUCCESS: Verdict = {
+  outcome: "success",
+  backend: "success",
+  model: "success",
+  retry: "no",
+};
+
+/** Nobody there, or somebody who breaks off: the backend's fault, whatever the model. */
+function ofBackend(retry: Retry): Verdict {
+  return { outcome: "failure", backend: "failure", model: "ignore", retry };
+}
+
+/** An answer, but not the right one: the backend is reached, and this model fails there. */
+function ofModel(retry: Retry): Verdict {
+  return { outcome: "failure", backend: "success", model: "failure", retry };
+}
+
+function neutral(outcome: "saturated" | "ignore", retry: Retry): Verdict {
+  return { outcome, backend: outcome, model: outcome, retry };
+}
+
 const VERDICTS: Record<Fault, Verdict> = {
-  unreachable: { outcome: "failure", retry: "elsewhere" },
-  server_error: { outcome: "failure", retry: "elsewhere" },
-  busy: { outcome: "saturated", retry: "free_slot" },
-  error_in_answer: { outcome: "failure", retry: "elsewhere" },
-  invalid_answer: { outcome: "failure", retry: "elsewhere" },
-  incomplete: { outcome: "failure", retry: "elsewhere" },
-  timeout: { outcome: "failure", retry: "elsewhere" },
-  rejected: { outcome: "ignore", retry: "no" },
-  misconfigured: { outcome: "ignore", retry: "no" },
-  unsupported: { outcome: "ignore", retry: "elsewhere" },
-  ended: { outcome: "ignore", retry: "no" },
+  unreachable: ofBackend("elsewhere"),
+  server_error: ofModel("elsewhere"),
+  busy: neutral("saturated", "elsewhere"),
+  error_in_answer: ofModel("elsewhere"),
+  invalid_answer: ofModel("elsewhere"),
+  incomplete: ofBackend("elsewhere"),
+  // Silence does not tell whose it is: another model may still speak there.
+  timeout: { outcome: "failure", backend: "ignore", model: "failure", retry: "elsewhere" },
+  rejected: neutral("ignore", "no"),
+  misconfigured: neutral("ignore", "no"),
+  unsupported: neutral("ignore", "elsewhere"),
+  ended: neutral("ignore", "no"),
 };
 
 /** Judges a failed attempt. */

@@ -35,6 +35,8 @@ export interface SchedulerState {
   backend: Cap;
   lanes: Map<string, Lane>;
   waiting: number;
+  /** The engine said that it is busy: nobody starts until then, or until somebody ends. */
+  heldUntil: number | null;
 }
 
 export interface LanePlan {
@@ -48,15 +50,18 @@ export type SchedulerEvent =
   | { type: "arrive"; ticket: Ticket }
   /** A waiting request's client left. */
   | { type: "cancel"; ticket: Ticket }
-  /** A request that had been granted ended, however. */
-  | { type: "complete"; ticket: Ticket; serviceMs: number }
+  /**
+   * A request that had been granted ended, however. `serviceMs` is null where it tells nothing of how
+   * long answers take; `heldUntil` is set where the engine was too busy for it.
+   */
+  | { type: "complete"; ticket: Ticket; serviceMs: number | null; heldUntil: number | null }
   | { type: "configure"; available: boolean; concurrency: number; lanes: readonly LanePlan[] }
   /** A shared cap has room again. */
   | { type: "room" }
   /** Another backend could start a request of this model at once. */
   | { type: "elsewhere"; model: string }
-  /** This backend turned unhealthy: whoever waits had better choose again. */
-  | { type: "recall" }
+  /** This backend, or one model there, is of no use now: whoever waits had better choose again. */
+  | { type: "recall"; model?: string }
   | { type: "timer" };
 
 export type SchedulerEffect =
@@ -76,7 +81,7 @@ const SERVICE_WEIGHT = 0.2;
 
 export function createScheduler(): SchedulerState {
   const backend = { limit: Infinity, used: 0 };
-  return { available: true, backend, lanes: new Map(), waiting: 0 };
+  return { available: true, backend, lanes: new Map(), waiting: 0, heldUntil: null };
 }
 
 /**
@@ -96,10 +101,14 @@ export function step(state: SchedulerState, event: SchedulerEvent, now: number):
       break;
     case "complete":
       complete(state, event.ticket, event.serviceMs);
+      state.heldUntil = event.heldUntil;
+      if (event.heldUntil !== null) arm(state, effects);
       dispatch(state, effects);
       break;
     case "configure":
       configure(state, event, effects);
+      // A backend that was taken out and comes back has lost its timer.
+      if (state.heldUntil !== null) arm(state, effects);
       dispatch(state, effects);
       break;
     case "room":
@@ -111,10 +120,14 @@ export function step(state: SchedulerState, event: SchedulerEvent, now: number):
       break;
     }
     case "recall":
-      for (const lane of state.lanes.values()) recall(state, lane, effects);
+      for (const [model, lane] of state.lanes) {
+        if (event.model === undefined || event.model === model) recall(state, lane, effects);
+      }
       break;
     case "timer":
+      if (state.heldUntil !== null && state.heldUntil <= now) state.heldUntil = null;
       expire(state, now, effects);
+      dispatch(state, effects);
       break;
   }
   return effects;
@@ -134,6 +147,7 @@ export function positionOf(state: SchedulerState, ticket: Ticket): number {
 function mayStart(state: SchedulerState, lane: Lane): boolean {
   return (
     state.available &&
+    state.heldUntil === null &&
     lane.slots.used < lane.slots.limit &&
     state.backend.used < state.backend.limit &&
     lane.shared.every((cap) => cap.used < cap.limit)
@@ -188,12 +202,13 @@ function recall(state: SchedulerState, lane: Lane, effects: SchedulerEffect[]) {
   }
 }
 
-function complete(state: SchedulerState, ticket: Ticket, serviceMs: number) {
+function complete(state: SchedulerState, ticket: Ticket, serviceMs: number | null) {
   const lane = state.lanes.get(ticket.model);
   state.backend.used--;
   if (lane === undefined) return;
   lane.slots.used--;
   for (const cap of lane.shared) cap.used--;
+  if (serviceMs === null) return;
   lane.serviceMs =
     lane.serviceMs === null
       ? serviceMs
@@ -253,7 +268,7 @@ function expire(state: SchedulerState, now: number, effects: SchedulerEffect[]) 
 }
 
 function arm(state: SchedulerState, effects: SchedulerEffect[]) {
-  let at = Infinity;
+  let at = state.heldUntil ?? Infinity;
   for (const lane of state.lanes.values()) {
     for (const ticket of lane.queue) at = Math.min(at, ticket.deadlineAt);
   }

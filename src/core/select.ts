@@ -11,6 +11,10 @@ export interface Candidate {
   weight: number;
   /** Not for this request; it still counts where one trial at a time is allowed. */
   barred?: boolean;
+  /** Its breaker lets nobody through now. */
+  open: boolean;
+  /** A request is under way there to find out whether it works again. */
+  trying: boolean;
   /** When this backend last failed a request or a probe (same clock throughout), null for never. */
   failedAt: number | null;
 }
@@ -28,7 +32,7 @@ const TIERS: readonly Health[] = ["healthy", "degraded", "unknown"];
 /**
  * Chooses where a request goes: the healthiest tier that has a target; in it those that can start
  * at once; of these the least load per weight; among equals smooth weighted round robin. Where only
- * unhealthy targets are left, one request at a time tries the least recently failed.
+ * unhealthy or open targets are left, one request at a time tries the least recently failed.
  *
  * @param credit changed by a choice among equals (nginx's algorithm: every contender earns its
  *   weight, the richest is chosen and pays the sum).
@@ -36,16 +40,18 @@ const TIERS: readonly Health[] = ["healthy", "degraded", "unknown"];
  */
 export function select(candidates: readonly Candidate[], credit: Credit): Selection | null {
   for (const health of TIERS) {
-    const tier = candidates.filter((candidate) => candidate.health === health && !candidate.barred);
+    const tier = candidates.filter(
+      (candidate) => candidate.health === health && !candidate.barred && !candidate.open,
+    );
     if (tier.length > 0) return leastBusy(tier, credit);
   }
-  // One trial goes to the backend that has been left alone for longest; while it runs there is
-  // something in flight there, and the others are refused.
-  const unhealthy = candidates.filter((candidate) => candidate.health === "unhealthy");
-  const [trial] = unhealthy
-    .filter((candidate) => !candidate.barred)
+  // One trial goes to the backend that has been left alone for longest; while it runs the others
+  // are refused.
+  if (candidates.some((candidate) => candidate.trying)) return null;
+  const [trial] = candidates
+    .filter((candidate) => !candidate.barred && candidate.free)
     .toSorted((a, b) => (a.failedAt ?? 0) - (b.failedAt ?? 0));
-  if (trial === undefined || unhealthy.some((candidate) => candidate.load > 0)) return null;
+  if (trial === undefined) return null;
   return { target: trial.target, reason: "trial" };
 }
 

@@ -1,12 +1,15 @@
 import { resolve, type Model, type Snapshot } from "../core/snapshot.ts";
 import type { Ticket } from "../core/scheduler.ts";
-import { select } from "../core/select.ts";
+import { select, type Candidate, type Credit, type Selection } from "../core/select.ts";
 import type { Want } from "../dialects/dialect.ts";
 import type { Engine } from "../engines/engine.ts";
 import { GatewayError, quote } from "../errors.ts";
 import type { Admission, Permit, Place } from "../fleet/fleet.ts";
 import type { Exchange } from "./exchange.ts";
 import type { Plane } from "./plane.ts";
+
+/** Where nothing is open, something unhealthy may be well again after the usual time between probes. */
+const PROBED_AGAIN_MS = 5000;
 
 /** What a request that waits can be told. */
 export interface Waiting {
@@ -91,10 +94,12 @@ function inability(exchange: Exchange, plane: Plane, model: Model): GatewayError
 }
 
 export interface AdmitOptions {
-  /** Backends that have failed this request. */
+  /** Backends that have failed this request: it does not go there again. */
   tried: ReadonlySet<string>;
-  /** Do not wait: only where it starts at once. */
-  freeSlotOnly: boolean;
+  /** Backends that were too busy for it: anywhere else first. */
+  busy: ReadonlySet<string>;
+  /** Asked where it cannot start at once, and has been somewhere already. */
+  mayWait: () => boolean;
 }
 
 /**
@@ -108,14 +113,13 @@ export async function admit(
   options: AdmitOptions,
 ): Promise<Permit> {
   const startedAt = plane.now();
-  const { maxWaitMs } = exchange.config.queue;
-  const patience = Math.min(maxWaitMs, clientTimeoutMs(exchange) ?? Infinity);
+  const patience = patienceOf(exchange);
   let model = resolveModel(exchange, plane);
   let ticket: Ticket = {
     id: exchange.id,
     model: model.name,
     arrivedAt: exchange.receivedAt,
-    deadlineAt: exchange.receivedAt + patience,
+    deadlineAt: deadlineOf(exchange),
     barred: barredFor(exchange, plane, model, options.tried),
   };
   let endSpan: (() => void) | null = null;
@@ -123,7 +127,7 @@ export async function admit(
     for (;;) {
       const { backend, reason, place, admission } = ask(exchange, plane, model, ticket, options);
       exchange.record.backend_id = backend;
-      exchange.record.reason = options.tried.size > 0 ? "retry" : reason;
+      exchange.record.reason = options.tried.size + options.busy.size > 0 ? "retry" : reason;
       if (!("then" in admission)) {
         if (admission.type === "granted") return admission.permit;
       } else if (endSpan === null) {
@@ -176,19 +180,18 @@ function ask(
   plane: Plane,
   model: Model,
   ticket: Ticket,
-  { freeSlotOnly }: AdmitOptions,
+  options: AdmitOptions,
 ): Asked {
   const { fleet } = plane;
   const candidates = fleet.candidates(exchange.snapshot, model).map((candidate) => {
-    const barred = ticket.barred.has(candidate.target.backend) || (freeSlotOnly && !candidate.free);
-    return barred ? { ...candidate, barred } : candidate;
+    return ticket.barred.has(candidate.target.backend) ? { ...candidate, barred: true } : candidate;
   });
-  const selection = select(candidates, fleet.creditOf(model.name));
+  const selection = choose(candidates, fleet.creditOf(model.name), options);
   if (selection === null) {
     throw new GatewayError(
       "no_backend_available",
       `no backend with model ${quote(model.name)} is up: ${reasons(exchange, model)}`,
-      { retryAfterMs: exchange.config.backends[0]?.healthInterval ?? 5000 },
+      { retryAfterMs: fleet.triedAgainIn(model) ?? PROBED_AGAIN_MS },
     );
   }
   const { target, reason } = selection;
@@ -209,6 +212,23 @@ function ask(
     });
   });
   return { backend: target.backend, reason, place, admission };
+}
+
+/** A first attempt goes where it is best; any other into a free slot elsewhere, or waits if it may. */
+function choose(
+  candidates: readonly Candidate[],
+  credit: Credit,
+  { tried, busy, mayWait }: AdmitOptions,
+): Selection | null {
+  if (tried.size + busy.size === 0) return select(candidates, credit);
+  const isWell = ({ health, open }: Candidate) => health !== "unhealthy" && !open;
+  const elsewhere = candidates.map((candidate) => {
+    const starts = candidate.free && isWell(candidate) && !busy.has(candidate.target.backend);
+    return starts ? candidate : { ...candidate, barred: true };
+  });
+  // Where nobody is well nobody waits: one may try.
+  const wouldWait = candidates.some((candidate) => isWell(candidate) && candidate.barred !== true);
+  return select(elsewhere, credit) ?? (!wouldWait || mayWait() ? select(candidates, credit) : null);
 }
 
 function refusal(
@@ -233,6 +253,16 @@ function reasons(exchange: Exchange, model: Model): string {
       return `${id} is ${health}${reason === "" ? "" : ` (${reason})`}`;
     })
     .join(", ");
+}
+
+/** How long a request may wait for a slot, milliseconds. */
+function patienceOf(exchange: Exchange): number {
+  return Math.min(exchange.config.queue.maxWaitMs, clientTimeoutMs(exchange) ?? Infinity);
+}
+
+/** When waiting has become pointless, on the clock of the plane. */
+export function deadlineOf(exchange: Exchange): number {
+  return exchange.receivedAt + patienceOf(exchange);
 }
 
 /** The client's own time-out in milliseconds, as the official SDKs send it; null when they do not. */

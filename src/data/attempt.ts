@@ -1,4 +1,4 @@
-import { judge, type Fault, type Outcome, type Retry } from "../core/outcome.ts";
+import { judge, type Fault, type Verdict } from "../core/outcome.ts";
 import { emptyFacts, type AnswerFacts } from "../dialects/dialect.ts";
 import { GatewayError } from "../errors.ts";
 import type { Permit } from "../fleet/fleet.ts";
@@ -18,12 +18,8 @@ export class AttemptFailed extends Error {
     this.fault = fault;
   }
 
-  get outcome(): Outcome {
-    return judge(this.fault).outcome;
-  }
-
-  get retry(): Retry {
-    return judge(this.fault).retry;
+  get verdict(): Verdict {
+    return judge(this.fault);
   }
 }
 
@@ -78,16 +74,16 @@ export class UpstreamAttempt implements Attempt {
     body?.cancel(reason).catch(() => {});
   }
 
-  end(outcome: Outcome, cause: string | null): void {
+  end(verdict: Verdict, cause: string | null): void {
     if (this.#ended) return;
     this.#ended = true;
     if (!this.#drained) this.close(ATTEMPT_ENDED);
     const first = this.firstTokenAt;
     const ttftMs = first === null ? null : first - this.sentAt;
     this.#trace.end(this.facts, ttftMs, cause);
-    this.#plane.metrics?.attempt(this.permit.target.backend, outcome);
+    this.#plane.metrics?.attempt(this.permit.target.backend, verdict.outcome);
     const tokensPerSecond = this.#tokensPerSecond();
-    this.permit.release(outcome, { at: Date.now(), ttftMs, tokensPerSecond, error: cause });
+    this.permit.release(verdict, { at: Date.now(), ttftMs, tokensPerSecond, error: cause });
   }
 
   #tokensPerSecond(): number | null {

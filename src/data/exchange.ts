@@ -1,5 +1,5 @@
 import type { Config } from "../config.ts";
-import type { Outcome } from "../core/outcome.ts";
+import { judge, SUCCESS, type Fault, type Verdict } from "../core/outcome.ts";
 import type { Snapshot } from "../core/snapshot.ts";
 import { anthropic } from "../dialects/anthropic.ts";
 import type { AnswerFacts, Dialect, Endpoint, View } from "../dialects/dialect.ts";
@@ -19,7 +19,7 @@ import type { Plane } from "./plane.ts";
 export interface Attempt {
   readonly facts: AnswerFacts;
   /** Closes the upstream, gives the permit back, ends the span. Idempotent. */
-  end(outcome: Outcome, cause: string | null): void;
+  end(verdict: Verdict, cause: string | null): void;
 }
 
 /** Where the time went, milliseconds; shown in `server-timing`. */
@@ -139,20 +139,23 @@ export class Exchange {
   cancel(): void {
     if (this.phase === "streaming" && this.attempt?.facts.ended === true) return this.complete();
     const error = new GatewayError("client_closed_request", "the client left");
-    this.#settle("cancelled", error, this.phase, "ignore");
+    this.#settle("cancelled", error, this.phase, judge("ended"));
   }
 
-  /** Ended by an error: ours, the engine's, a deadline or the shutdown. */
-  fail(error: GatewayError, outcome: Outcome = "ignore"): void {
-    this.#settle("failed", error, error.cause, outcome);
+  /**
+   * Ended by an error: ours, the engine's, a deadline or the shutdown.
+   * @param fault what it says of the backend.
+   */
+  fail(error: GatewayError, fault: Fault = "ended"): void {
+    this.#settle("failed", error, error.cause, judge(fault));
   }
 
   /** The whole answer is out. */
   complete(): void {
-    this.#settle("completed", null, null, "success");
+    this.#settle("completed", null, null, SUCCESS);
   }
 
-  #settle(ending: Ending, error: GatewayError | null, cause: string | null, outcome: Outcome) {
+  #settle(ending: Ending, error: GatewayError | null, cause: string | null, verdict: Verdict) {
     if (this.#ended) return;
     this.#ended = true;
     this.#error = error;
@@ -162,7 +165,7 @@ export class Exchange {
     record.latency_ms = rounded(this.#plane.now() - this.receivedAt);
     if (record.status === 0) record.status = error?.status ?? 200;
     if (attempt !== null) fillTokens(record, attempt.facts);
-    attempt?.end(outcome, ending === "failed" ? cause : null);
+    attempt?.end(verdict, ending === "failed" ? cause : null);
     for (const release of this.#releases) release();
     this.#releases.clear();
     this.body = null;

@@ -7,6 +7,7 @@ import { AttemptFailed, type UpstreamAttempt } from "./attempt.ts";
 import type { Exchange } from "./exchange.ts";
 import { peek, readWhole, refused, type Reply } from "./inspect.ts";
 import type { Plane } from "./plane.ts";
+import { watchSilence } from "./silence.ts";
 
 /**
  * Sends the request once and looks at the beginning of the answer: headers and the first event of a
@@ -20,7 +21,6 @@ export async function forward(
   plane: Plane,
 ): Promise<Reply> {
   const { permit } = attempt;
-  const { timeouts } = exchange.config;
   const { backend } = permit.target;
   const stream = exchange.view?.stream === true;
   // Whoever ends the attempt from a timer leaves here why, since `fetch` only says "aborted".
@@ -29,27 +29,12 @@ export async function forward(
     timedOut = new AttemptFailed(fault, new GatewayError(code, message));
     attempt.close(timedOut.error);
   };
-  const clocks: (() => void)[] = [];
-  if (stream && timeouts.firstByteMs > 0) {
-    const message = `backend ${quote(backend)} sent nothing for ${timeouts.firstByteMs} ms (timeouts.firstByteMs)`;
-    clocks.push(
-      exchange.after(timeouts.firstByteMs, () => giveUp("timeout", "upstream_timeout", message)),
-    );
-  }
-  const stopConnect = exchange.after(timeouts.connectMs, () => {
-    void plane.probe(permit).then((answers) => {
-      if (answers || attempt.response !== null || flowsSince(plane, backend, timeouts.connectMs))
-        return;
-      const message = `backend ${quote(backend)} does not answer, nor does it answer a probe (timeouts.connectMs)`;
-      giveUp("unreachable", "upstream_unreachable", message);
-    });
-  });
-  clocks.push(stopConnect);
+  const silence = watchSilence(exchange, attempt, plane, giveUp);
   try {
     const response = await permit.engine.send(permit.connection, build(exchange, attempt));
     attempt.hold(response);
     exchange.check();
-    stopConnect();
+    silence.connected();
     exchange.timing.connect = plane.now() - attempt.sentAt;
     exchange.phase = "first_token";
     if (!response.ok) throw await refused(exchange, attempt, response);
@@ -62,12 +47,8 @@ export async function forward(
     if (error instanceof AttemptFailed || error instanceof GatewayError) throw error;
     throw new AttemptFailed("unreachable", unreachable(backend, error));
   } finally {
-    for (const stop of clocks) stop();
+    silence.stop();
   }
-}
-
-function flowsSince(plane: Plane, backend: string, ms: number): boolean {
-  return plane.now() - plane.fleet.lastChunkAt(backend) < ms;
 }
 
 /** The text of a network error names addresses and paths: it is for the log. */

@@ -2,7 +2,7 @@ import type { Endpoint } from "../dialects/dialect.ts";
 import { asGatewayError, GatewayError } from "../errors.ts";
 import type { Permit } from "../fleet/fleet.ts";
 import { accept } from "./accept.ts";
-import { admit, resolveModel } from "./admit.ts";
+import { admit, deadlineOf, resolveModel } from "./admit.ts";
 import { Exchange } from "./exchange.ts";
 import { AttemptFailed, UpstreamAttempt } from "./attempt.ts";
 import { forward, totalMsOf } from "./forward.ts";
@@ -20,6 +20,7 @@ export async function serve(request: Request, endpoint: Endpoint, plane: Plane):
   request.signal.addEventListener("abort", () => exchange.cancel());
   try {
     if (!plane.admitting) throw shuttingDown();
+    plane.retries.count(exchange.receivedAt);
     checkOrigin(exchange.headers, plane.access);
     exchange.record.tenant = identify(exchange.headers, plane.access);
     await accept(exchange, request, plane);
@@ -81,7 +82,7 @@ async function answerWhole(exchange: Exchange, plane: Plane): Promise<Response> 
     const left = Math.max(0, totalMs - (plane.now() - exchange.receivedAt));
     const message = `the answer was not done within ${totalMs} ms (timeouts.totalMs, or the client's own)`;
     exchange.after(left, () =>
-      exchange.fail(new GatewayError("upstream_timeout", message), "failure"),
+      exchange.fail(new GatewayError("upstream_timeout", message), "timeout"),
     );
   }
   const reply = await attempts(exchange, plane);
@@ -104,30 +105,43 @@ async function answerWhole(exchange: Exchange, plane: Plane): Promise<Response> 
 /** Admit and forward, and once more elsewhere where the first attempt allows it. */
 async function attempts(exchange: Exchange, plane: Plane): Promise<Reply> {
   const tried = new Set<string>();
+  const busy = new Set<string>();
   let failed: AttemptFailed | null = null;
+  let last = "";
   for (;;) {
-    const freeSlotOnly = failed?.retry === "free_slot";
-    const permit = await admit(exchange, plane, { tried, freeSlotOnly }).catch((error: unknown) => {
+    const permit = await admit(exchange, plane, {
+      tried,
+      busy,
+      // An engine that was busy is waited for as any other; a failure's second attempt not always.
+      mayWait: () =>
+        plane.now() < deadlineOf(exchange) && (tried.size === 0 || plane.retries.take(plane.now())),
+    }).catch((error: unknown) => {
       // Nowhere else to go: the client learns what the engine said.
       throw failed !== null && !exchange.ended ? failed.error : error;
     });
-    for (const backend of tried) {
-      exchange.trace.event("retry", { backend_id: backend, cause: failed?.error.cause ?? "" });
-      plane.metrics?.retry(backend, failed?.error.cause ?? "");
-    }
+    if (failed !== null) countRetry(exchange, plane, last, failed.error.cause);
     const attempt = begin(exchange, plane, permit);
     try {
-      return await forward(exchange, attempt, plane);
+      const reply = await forward(exchange, attempt, plane);
+      permit.proved();
+      return reply;
     } catch (error) {
       if (!(error instanceof AttemptFailed)) throw error;
       failed = error;
-      attempt.end(failed.outcome, failed.error.cause);
-      tried.add(permit.target.backend);
-      if (failed.retry === "no" || tried.size >= MOST_ATTEMPTS) throw failed.error;
+      attempt.end(failed.verdict, failed.error.cause);
+      last = permit.target.backend;
+      (failed.fault === "busy" ? busy : tried).add(last);
+      if (failed.verdict.retry === "no" || tried.size >= MOST_ATTEMPTS) throw failed.error;
       exchange.phase = "retrying";
       exchange.timing.retry = (exchange.timing.retry ?? 0) + plane.now() - attempt.sentAt;
     }
   }
+}
+
+/** @param backend the one that failed. */
+function countRetry(exchange: Exchange, plane: Plane, backend: string, cause: string) {
+  exchange.trace.event("retry", { backend_id: backend, cause });
+  plane.metrics?.retry(backend, cause);
 }
 
 function begin(exchange: Exchange, plane: Plane, permit: Permit): UpstreamAttempt {

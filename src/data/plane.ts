@@ -1,5 +1,6 @@
 import type { Config } from "../config.ts";
 import type { Snapshot } from "../core/snapshot.ts";
+import type { RetryBudget } from "../core/retries.ts";
 import type { Fleet, Permit } from "../fleet/fleet.ts";
 import type { Log } from "../telemetry/log.ts";
 import type { Metrics } from "../telemetry/metrics.ts";
@@ -20,6 +21,8 @@ export interface Plane {
   tracing: Tracing;
   /** Every request that has not ended. */
   readonly exchanges: Set<Exchange>;
+  /** Which second attempts may wait. */
+  readonly retries: RetryBudget;
   /** Sum of the request bodies in memory. */
   heldBytes: number;
   /** False once the gateway shuts down: nothing further is let in. */

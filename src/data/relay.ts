@@ -229,7 +229,7 @@ export class Relay {
   #fail(code: "upstream_incomplete" | "upstream_timeout", what: string, detail: string) {
     const backend = quote(this.#attempt?.permit.target.backend ?? "");
     const error = new GatewayError(code, `backend ${backend} ${what}`, { detail });
-    this.#exchange.fail(error, "failure");
+    this.#exchange.fail(error, code === "upstream_timeout" ? "timeout" : "incomplete");
   }
 
   /** The engine's own error event has gone out: no second one follows it. */
@@ -239,7 +239,7 @@ export class Relay {
     const error = new GatewayError("upstream_error", message, { detail: words.slice(0, 500) });
     this.#closed = true;
     this.#controller.close();
-    this.#exchange.fail(error, "failure");
+    this.#exchange.fail(error, "error_in_answer");
   }
 
   /** The exchange has ended: whatever ended it, the client learns of it here, once. */
@@ -286,6 +286,7 @@ export class Relay {
     if (this.#attempt !== null) {
       if (!reading && due(this.#lastChunkAt, clientMs)) return this.#exchange.cancel();
       if (reading && this.#tap !== null && due(this.#lastChunkAt, idleMs)) {
+        this.#attempt.permit.stalled();
         return this.#fail(
           "upstream_timeout",
           `sent nothing for ${idleMs} ms (timeouts.idleMs)`,

@@ -89,6 +89,8 @@ export interface Engine {
   speaks(path: string): boolean;
   /** Why it cannot do what a request wants, to be read after its kind; null when it can. */
   cannot(want: Want): string | null;
+  /** It loads models when they are asked for, and tells which are loaded. */
+  tellsResidency: boolean;
   /** It serves the one model it has under whatever name it is asked for. */
   takesAnyName: boolean;
   /** Would a model of that name be answered by machines elsewhere? */
@@ -269,6 +271,7 @@ export const openai: Engine = {
   slots: 32,
   speaks: () => true,
   cannot: () => null,
+  tellsResidency: false,
   takesAnyName: false,
   isRemote: () => false,
   adapt: () => new Map(),

@@ -93,6 +93,7 @@ export const llamacpp: Engine = {
   ...openai,
   kind: "llamacpp",
   slots: 4,
+  tellsResidency: true,
   takesAnyName: true,
   // Never `/slots`: it wakes a sleeping model.
   async look(connection, signal) {

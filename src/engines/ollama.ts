@@ -132,6 +132,7 @@ export const ollama: Engine = {
   slots: 1,
   speaks: (path) => PATHS.has(path),
   cannot: ({ what }) => CANNOT[what] ?? null,
+  tellsResidency: true,
   isRemote: hasCloudTag,
   adapt(body, keys) {
     // Ollama ignores `max_completion_tokens`, and an output without a limit never ends.

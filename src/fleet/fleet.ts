@@ -1,5 +1,6 @@
 import type { Kind } from "../config.ts";
-import type { Outcome } from "../core/outcome.ts";
+import type { BreakerSettings, BreakerState } from "../core/breaker.ts";
+import { judge, type Verdict } from "../core/outcome.ts";
 import {
   createScheduler,
   hasRoom,
@@ -21,6 +22,7 @@ import {
 } from "../core/snapshot.ts";
 import type { Connection, Engine } from "../engines/engine.ts";
 import { engineOf } from "../engines/kinds.ts";
+import { Guard } from "./guard.ts";
 import { Observed, type Answered } from "./observed.ts";
 
 /** One backend that requests are sent to: its queue, and what was learned from its traffic. */
@@ -33,9 +35,17 @@ interface Live {
   health: Health;
   failedAt: number | null;
   lastChunkAt: number;
+  /** When a stream of it was given up because nothing came any more. */
+  stalledAt: number;
   observed: Observed;
+  guard: Guard;
+  /** Requests under way that are to show whether it works again. */
+  trials: number;
   timer: ReturnType<typeof setTimeout> | undefined;
 }
+
+/** How long a backend that said that it is busy gets nothing more, unless a request of it ends before. */
+const HOLD_MS = 1000;
 
 const TIERS: readonly Health[] = ["healthy", "degraded", "unknown"];
 
@@ -43,7 +53,13 @@ const TIERS: readonly Health[] = ["healthy", "degraded", "unknown"];
  * Would a request that waits at `live` start at once at `other`, and would selection send it there?
  * Never to a worse tier of health: it would come straight back.
  */
-function isBetter(other: Live, live: Live, ticket: Ticket): boolean {
+function isBetter(
+  other: Live,
+  live: Live,
+  ticket: Ticket,
+  settings: BreakerSettings,
+  now: number,
+): boolean {
   const tier = TIERS.indexOf(other.health);
   const own = TIERS.indexOf(live.health);
   return (
@@ -51,6 +67,7 @@ function isBetter(other: Live, live: Live, ticket: Ticket): boolean {
     tier !== -1 &&
     (own === -1 || tier <= own) &&
     !ticket.barred.has(other.id) &&
+    other.guard.admits(ticket.model, settings, now) === "any" &&
     hasRoom(other.scheduler, ticket.model)
   );
 }
@@ -61,7 +78,11 @@ export interface Permit {
   readonly connection: Connection;
   readonly engine: Engine;
   /** Idempotent. @param answered what the attempt showed of the backend, where it was made. */
-  release(outcome: Outcome, answered?: Answered): void;
+  release(verdict: Verdict, answered?: Answered): void;
+  /** The answer has begun, and is one: whatever was in doubt here, works. */
+  proved(): void;
+  /** Nothing came in a stream for as long as it may take. */
+  stalled(): void;
   /** Bytes of an answer arrived at `at`: the backend works, whatever a probe says. */
   flowed(at: number): void;
 }
@@ -98,6 +119,9 @@ export interface FleetOptions {
   upstreamLimit: number;
   /** Waiting requests per model. */
   maxLength: number;
+  breaker: BreakerSettings;
+  /** From 0 up to 1. */
+  random: () => number;
   /** The key of a backend; keys are no part of the snapshot. */
   apiKeyOf: (backend: string) => string | null;
 }
@@ -116,10 +140,13 @@ export class Fleet {
   readonly #asking = new Map<Ticket, Asking>();
   readonly #upstream: Cap;
   #maxLength: number;
+  /** Read at every decision: a reload may replace it. */
+  breaker: BreakerSettings;
 
   constructor(options: FleetOptions) {
     this.#options = options;
     this.#maxLength = options.maxLength;
+    this.breaker = options.breaker;
     this.#upstream = { limit: options.upstreamLimit, used: 0 };
   }
 
@@ -143,6 +170,8 @@ export class Fleet {
         live.failedAt = this.#options.now();
         turned.push(live);
       }
+      const hadFailed = live.health === "unhealthy" || live.health === "degraded";
+      if (backend.health === "healthy" && hadFailed) live.guard.retryNow(this.#options.now());
       live.health = backend.health;
       const lanes = snapshot.models.flatMap((model) => {
         const target = model.targets.find((each) => each.backend === backend.id);
@@ -182,10 +211,23 @@ export class Fleet {
       const live = this.#lives.get(target.backend);
       if (backend === undefined || live === undefined || backend.drained) return [];
       const { scheduler, failedAt } = live;
+      const { health, weight } = backend;
       const free = hasRoom(scheduler, model.name);
       const load = scheduler.backend.used + scheduler.waiting;
-      return [{ target, health: backend.health, free, load, weight: backend.weight, failedAt }];
+      const admits = live.guard.admits(model.name, this.breaker, this.#options.now());
+      // A trial does not wait in a queue.
+      const open = admits === null || (admits === "trial" && !free);
+      return [{ target, health, free, load, weight, failedAt, open, trying: live.trials > 0 }];
     });
+  }
+
+  /** In how many milliseconds the first of this model's open targets is tried again; null: none is open. */
+  triedAgainIn(model: Model): number | null {
+    const times = model.targets.flatMap(({ backend }) => {
+      const at = this.#lives.get(backend)?.guard.untilAt(model.name) ?? null;
+      return at === null ? [] : [at - this.#options.now()];
+    });
+    return times.length === 0 ? null : Math.max(0, Math.min(...times));
   }
 
   /** What selection among equals of this model remembers. */
@@ -222,7 +264,7 @@ export class Fleet {
     return {
       position: () => positionOf(live.scheduler, ticket),
       leave: () => {
-        permit?.release("ignore");
+        permit?.release(judge("ended"));
         // The ticket may ask somewhere else by now: that is another place.
         if (this.#asking.get(ticket) !== asking) return;
         this.#asking.delete(ticket);
@@ -234,6 +276,16 @@ export class Fleet {
   /** When bytes of an answer last came from this backend, on the clock of `now`. */
   lastChunkAt(backend: string): number {
     return this.#lives.get(backend)?.lastChunkAt ?? -Infinity;
+  }
+
+  /**
+   * A stream of this backend stood still lately, and none has flowed since: it is stuck, whatever it
+   * answers to a probe. For as long as a breaker stays open; then it may try again.
+   */
+  isStuck(backend: string): boolean {
+    const live = this.#lives.get(backend);
+    if (live === undefined || live.lastChunkAt > live.stalledAt) return false;
+    return this.#options.now() - live.stalledAt < this.breaker.resetTimeoutMs;
   }
 
   /** Per backend its caps, what each model uses and has waiting, and what its answers showed. */
@@ -253,6 +305,25 @@ export class Fleet {
         waiting: lane.queue.length,
       })),
     }));
+  }
+
+  /** The breaker of a backend as a whole. `untilAt` is Unix milliseconds, null while it is not open. */
+  breakerOf(backend: string): { state: BreakerState; failures: number; untilAt: number | null } {
+    const breaker = this.#lives.get(backend)?.guard.backend;
+    if (breaker === undefined) return { state: "closed", failures: 0, untilAt: null };
+    const { state, failures, untilAt } = breaker;
+    const left = untilAt - this.#options.now();
+    return { state, failures, untilAt: state === "open" ? Math.round(Date.now() + left) : null };
+  }
+
+  /** Every breaker; `model` is null for that of a backend as a whole. */
+  breakers(): { backend: string; model: string | null; state: BreakerState }[] {
+    return [...this.#lives.values()].flatMap(({ id, guard, scheduler }) => [
+      { backend: id, model: null, state: guard.backend.state },
+      ...[...scheduler.lanes.keys()].map((model) => {
+        return { backend: id, model, state: guard.models.get(model)?.state ?? "closed" };
+      }),
+    ]);
   }
 
   /** Ends every timer; nothing may be enqueued afterwards. */
@@ -290,7 +361,10 @@ export class Fleet {
       health: "unknown",
       failedAt: null,
       lastChunkAt: -Infinity,
+      stalledAt: -Infinity,
       observed: new Observed(),
+      guard: new Guard(),
+      trials: 0,
       timer: undefined,
     };
     this.#lives.set(id, fresh);
@@ -333,16 +407,39 @@ export class Fleet {
   }
 
   #permit(live: Live, ticket: Ticket, target: Target | undefined): Permit | null {
-    const { now } = this.#options;
+    const { now, random } = this.#options;
+    const { model } = ticket;
     const grantedAt = now();
-    const complete = () => {
-      this.#run(live, { type: "complete", ticket, serviceMs: now() - grantedAt });
+    const isTrial =
+      live.health === "unhealthy" || live.guard.admits(model, this.breaker, grantedAt) !== "any";
+    const passage = live.guard.begin(model);
+    let trials = isTrial ? 1 : 0;
+    live.trials += trials;
+    const tried = () => {
+      live.trials -= trials;
+      trials = 0;
+    };
+    const end = (verdict: Verdict) => {
+      tried();
+      const { backend, model: ofModel } = live.guard.settle(
+        passage,
+        verdict,
+        this.breaker,
+        now(),
+        random(),
+      );
+      // Before the slot comes free: nobody is to follow there.
+      if (backend) this.#run(live, { type: "recall" });
+      else if (ofModel) this.#run(live, { type: "recall", model });
+      const serviceMs = verdict.outcome === "success" ? now() - grantedAt : null;
+      const heldUntil = verdict.outcome === "saturated" ? now() + HOLD_MS : null;
+      this.#run(live, { type: "complete", ticket, serviceMs, heldUntil });
       if (live.scheduler.backend.used === 0) this.#leaving.delete(live);
       this.#offer();
     };
     // Nobody asks any more: the slot is free again.
     if (target === undefined) {
-      complete();
+      end(judge("ended"));
       return null;
     }
     let held = true;
@@ -350,12 +447,19 @@ export class Fleet {
       target,
       connection: { id: live.id, url: live.url, apiKey: this.#options.apiKeyOf(live.id) },
       engine: live.engine,
-      release(outcome, answered) {
+      release(verdict, answered) {
         if (!held) return;
         held = false;
-        if (outcome === "failure") live.failedAt = now();
-        live.observed.add(outcome, answered ?? null);
-        complete();
+        if (verdict.outcome === "failure") live.failedAt = now();
+        if (answered !== undefined) live.observed.add(answered);
+        end(verdict);
+      },
+      proved: () => {
+        tried();
+        live.guard.prove(passage, this.breaker);
+      },
+      stalled() {
+        live.stalledAt = now();
       },
       flowed(at) {
         live.lastChunkAt = at;
@@ -367,13 +471,15 @@ export class Fleet {
   #offer() {
     if (this.#asking.size === 0) return;
     const lives = [...this.#lives.values()];
+    const now = this.#options.now();
     for (const live of lives) {
       if (live.scheduler.waiting > 0) this.#run(live, { type: "room" });
     }
     for (const live of lives) {
       for (const [model, lane] of live.scheduler.lanes) {
         const [head] = lane.queue;
-        if (head === undefined || !lives.some((other) => isBetter(other, live, head))) continue;
+        if (head === undefined) continue;
+        if (!lives.some((other) => isBetter(other, live, head, this.breaker, now))) continue;
         // One at a time: it asks there, which comes back here for the next.
         return this.#run(live, { type: "elsewhere", model });
       }

@@ -1,5 +1,3 @@
-import type { Outcome } from "../core/outcome.ts";
-
 /** What one attempt showed of its backend. */
 export interface Answered {
   /** Unix milliseconds of its end. */
@@ -22,15 +20,9 @@ export class Observed {
   #next = 0;
   /** Moving average. */
   tokensPerSecond: number | null = null;
-  /** Failed attempts in a row. */
-  failures = 0;
   lastError: { at: number; code: string } | null = null;
 
-  add(outcome: Outcome, answered: Answered | null): void {
-    if (outcome === "failure") this.failures++;
-    if (outcome === "success") this.failures = 0;
-    if (answered === null) return;
-    const { at, ttftMs, tokensPerSecond, error } = answered;
+  add({ at, ttftMs, tokensPerSecond, error }: Answered): void {
     if (error !== null) this.lastError = { at, code: error };
     if (ttftMs !== null) {
       this.#ttfts[this.#next] = ttftMs;

@@ -194,7 +194,6 @@ function notYet(config: Config): string[] {
   const models = Object.entries(config.models);
   const set = [
     ...(config.cache === undefined ? [] : ["cache"]),
-    ...(config.circuitBreaker === undefined ? [] : ["circuitBreaker"]),
     ...models
       .filter(([, each]) => each.fallback !== undefined)
       .map(([name]) => pathText(["models", name, "fallback"])),

@@ -6,6 +6,7 @@ import type { RequestRecord } from "./record.ts";
 
 const SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600];
 const RESIDENCIES = ["cold", "loading", "loaded"] as const;
+const BREAKER_STATES = ["closed", "open", "half_open"] as const;
 const HEALTHS = ["healthy", "degraded", "unhealthy", "unknown"] as const;
 
 /** What a scrape reads beside what was counted. */
@@ -19,6 +20,7 @@ export interface Gauges {
   /** The records of the requests that are in the house. */
   running: () => Iterable<Pick<RequestRecord, "model" | "backend_id">>;
   heldBytes: () => number;
+  breakers: () => { backend: string; model: string | null; state: string }[];
   /** Did the last reload succeed? The start counts as one. */
   reloaded: () => boolean;
 }
@@ -226,7 +228,7 @@ export class Metrics {
     });
   }
 
-  #observe({ snapshot, usage, running, heldBytes, reloaded }: Gauges) {
+  #observe({ snapshot, usage, running, heldBytes, breakers, reloaded }: Gauges) {
     const pair = ["model", "backend_id"] as const;
     this.#gauge("tidegate_requests_in_flight", "Requests in the house", pair, (add) => {
       for (const { model, backend_id } of running()) {
@@ -260,6 +262,15 @@ export class Metrics {
             const labels = { model: name, backend_id: backend, state: each };
             add(labels, each === residency ? 1 : 0);
           }
+        }
+      }
+    });
+    const guarded = ["backend_id", "model", "state"] as const;
+    this.#gauge("tidegate_breaker_state", "1 for the state it is in", guarded, (add) => {
+      for (const { backend, model, state: current } of breakers()) {
+        for (const each of BREAKER_STATES) {
+          const labels = { backend_id: backend, model: model ?? "none", state: each };
+          add(labels, each === current ? 1 : 0);
         }
       }
     });

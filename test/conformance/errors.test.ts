@@ -79,12 +79,6 @@ const cases: Record<string, [Fault, Expected]> = {
   "200 with broken JSON": [answer(200, '{"choices": nonsense}'), invalid],
   "200 with other JSON": [answer(200, { models: [] }), invalid],
   "200 with a JSON null": [answer(200, "null"), invalid],
-  "Ollama is full": [faults.ollamaBusy, busy],
-  "vLLM is full": [faults.vllmBusy, busy],
-  "TGI is full": [faults.tgiBusy, busy],
-  "LocalAI is full": [faults.busyFor(7), { ...busy, retryAfter: "7" }],
-  "LocalAI cools down": [faults.busyFor(10, 503), { ...busy, retryAfter: "10" }],
-  "llama.cpp loads": [faults.loadingModel, busy],
   "a reset before the headers": [
     { kind: "drop", by: "reset" },
     { ...upstreamError, code: "upstream_unreachable" },
@@ -95,40 +89,62 @@ const cases: Record<string, [Fault, Expected]> = {
   ],
 };
 
+const busyCases: Record<string, [Fault, Expected]> = {
+  "Ollama is full": [faults.ollamaBusy, busy],
+  "vLLM is full": [faults.vllmBusy, busy],
+  "TGI is full": [faults.tgiBusy, busy],
+  "LocalAI is full": [faults.busyFor(7), { ...busy, retryAfter: "7" }],
+  "LocalAI cools down": [faults.busyFor(10, 503), { ...busy, retryAfter: "10" }],
+  "llama.cpp loads": [faults.loadingModel, busy],
+};
+
+const messages = (url: string, body: Record<string, unknown> = {}): Promise<Answer> =>
+  send(`${url}/v1/messages`, chatBody({ max_tokens: 9, ...body }));
+
+/** Once as a stream and once in one piece, in both dialects; `modelOf` names the model of each. */
+async function checkBoth(
+  { url, gateway }: Pick<Fleet<string>, "url" | "gateway">,
+  expected: Expected,
+  modelOf: (index: number) => string,
+  attempted: number,
+): Promise<void> {
+  for (const [index, stream] of [false, true].entries()) {
+    const model = modelOf(2 * index);
+    const chat = await openaiChat(url, { stream, model });
+    const error = expectError(chat, expected.status, expected.code);
+    if (expected.type !== undefined) assert.equal(error.type, expected.type);
+    if (expected.message !== undefined) assert.match(error.message, expected.message);
+    if (expected.retryAfter !== undefined) {
+      assert.equal(chat.headers.get("retry-after"), expected.retryAfter);
+    }
+    assert.match(chat.headers.get("x-tidegate-backend") ?? "", /^a/);
+    assert.equal(chat.headers.get("x-tidegate-attempts"), String(attempted));
+    const record = await gateway.record(chat.headers.get("x-request-id") ?? "");
+    assert.deepEqual([record.status, record.ending], [expected.status, "failed"]);
+    if (expected.code) assert.equal(record.cause, expected.code);
+
+    const anthropic = await messages(url, { stream, model: modelOf(2 * index + 1) });
+    const message = expectAnthropicError(anthropic, expected.status, expected.anthropic);
+    if (expected.message !== undefined) assert.match(message, expected.message);
+  }
+}
+
 describe("errors of engines", () => {
   let fleet: Fleet<"a">;
   before(async () => {
-    fleet = await startFleet({
-      a: { models: ["test-model"], backend: { healthInterval: 60_000 } },
-    });
+    // The same engine fails again and again: its breaker is not what is asked here.
+    fleet = await startFleet(
+      { a: { models: ["test-model"], backend: { healthInterval: 60_000 } } },
+      { circuitBreaker: { failureThreshold: 1_000_000 } },
+    );
   });
   afterEach(() => fleet.reset());
   after(() => fleet.close());
 
-  const messages = (body: Record<string, unknown> = {}): Promise<Answer> =>
-    send(`${fleet.url}/v1/messages`, chatBody({ max_tokens: 9, ...body }));
-
   for (const [name, [fault, expected]] of Object.entries(cases)) {
     it(`${name}: ${expected.status} ${expected.code ?? ""}`, TIMEOUT, async () => {
       fleet.engines.a.behave({ fault });
-      for (const stream of [false, true]) {
-        const chat = await openaiChat(fleet.url, { stream });
-        const error = expectError(chat, expected.status, expected.code);
-        if (expected.type !== undefined) assert.equal(error.type, expected.type);
-        if (expected.message !== undefined) assert.match(error.message, expected.message);
-        if (expected.retryAfter !== undefined) {
-          assert.equal(chat.headers.get("retry-after"), expected.retryAfter);
-        }
-        assert.equal(chat.headers.get("x-tidegate-backend"), "a");
-        assert.equal(chat.headers.get("x-tidegate-attempts"), "1");
-        const record = await fleet.gateway.record(chat.headers.get("x-request-id") ?? "");
-        assert.deepEqual([record.status, record.ending], [expected.status, "failed"]);
-        if (expected.code) assert.equal(record.cause, expected.code);
-
-        const anthropic = await messages({ stream });
-        const message = expectAnthropicError(anthropic, expected.status, expected.anthropic);
-        if (expected.message !== undefined) assert.match(message, expected.message);
-      }
+      await checkBoth(fleet, expected, () => "test-model", 1);
     });
   }
 
@@ -158,7 +174,7 @@ describe("errors of engines", () => {
       for (const stream of [false, true]) {
         const { code } = expectError(await openaiChat(fleet.url, { stream }), 502);
         assert.match(String(code), /^upstream_(error|invalid_response)$/);
-        expectAnthropicError(await messages({ stream }), 502, "api_error");
+        expectAnthropicError(await messages(fleet.url, { stream }), 502, "api_error");
       }
     }
   });
@@ -167,7 +183,7 @@ describe("errors of engines", () => {
     for (const ends of ["done", "eof", "reset"] as const) {
       fleet.engines.a.behave({ fault: { kind: "error", afterTokens: 0, ends } });
       expectError(await openaiChat(fleet.url, { stream: true }), 502, "upstream_error");
-      expectAnthropicError(await messages({ stream: true }), 502, "api_error");
+      expectAnthropicError(await messages(fleet.url, { stream: true }), 502, "api_error");
     }
   });
 
@@ -188,7 +204,7 @@ describe("errors of engines", () => {
     ] as const) {
       fleet.engines.a.behave({ fault });
       assert.match(expectError(await openaiChat(fleet.url), 404).message, words);
-      expectAnthropicError(await messages(), 501, "api_error");
+      expectAnthropicError(await messages(fleet.url), 501, "api_error");
       const responses = await send(`${fleet.url}/v1/responses`, {
         model: "test-model",
         input: "x",
@@ -217,27 +233,6 @@ describe("errors of engines", () => {
     assert.equal(typeof answer.json().error, "string");
   });
 
-  it("turns any Retry-After into a true number of seconds", TIMEOUT, async () => {
-    const inFive = new Date(Date.now() + 5000).toUTCString();
-    for (const [said, least, most] of [
-      ["0", 1, 1],
-      ["90", 90, 90],
-      ["0.5", 1, 1],
-      ["nonsense", 1, 1],
-      ["-3", 1, 1],
-      [inFive, 1, 6],
-    ] as const) {
-      fleet.engines.a.behave({ fault: answer(429, { error: "busy" }, { "Retry-After": said }) });
-      const { headers } = await openaiChat(fleet.url);
-      const seconds = Number(headers.get("retry-after"));
-      assert.ok(
-        Number.isInteger(seconds) && seconds >= least && seconds <= most,
-        `${said}: ${seconds}`,
-      );
-      assert.equal(headers.get("x-should-retry"), seconds > 60 ? "false" : null);
-    }
-  });
-
   it("says what the engine said, but not who it is", TIMEOUT, async () => {
     fleet.engines.a.behave({
       fault: answer(400, { error: { message: "bad\u0000 \u001b[31m thing", code: 7 } }),
@@ -255,7 +250,7 @@ describe("errors of engines", () => {
         const allowed =
           by === "eof" ? /^upstream_(incomplete|invalid_response)$/ : /^upstream_incomplete$/;
         assert.match(String(code), allowed, `${by} ${afterBytes}`);
-        expectAnthropicError(await messages(), 502, "api_error");
+        expectAnthropicError(await messages(fleet.url), 502, "api_error");
       }
     }
   });
@@ -288,6 +283,56 @@ describe("errors of engines", () => {
       assert.equal((await openaiChat(away.url)).status, 200);
     } finally {
       await away.close();
+    }
+  });
+});
+
+describe("errors of busy engines, where nobody waits", () => {
+  // One that said so gets nothing more for a second: a backend and a model for each request.
+  const start = (count: number): Promise<Fleet<string>> => {
+    const ids = Array.from({ length: count }, (_, index) => `a${index}`);
+    return startFleet(Object.fromEntries(ids.map((id) => [id, { models: [id] }])), {
+      queue: { maxWaitMs: 0 },
+    });
+  };
+
+  for (const [name, [fault, expected]] of Object.entries(busyCases)) {
+    it(`${name}: ${expected.status} ${expected.code ?? ""}`, TIMEOUT, async () => {
+      const fleet = await start(4);
+      try {
+        for (const engine of Object.values(fleet.engines)) engine.behave({ fault });
+        await checkBoth(fleet, expected, (index) => `a${index}`, 1);
+      } finally {
+        await fleet.close();
+      }
+    });
+  }
+
+  it("turns any Retry-After into a true number of seconds", TIMEOUT, async () => {
+    const inFive = new Date(Date.now() + 5000).toUTCString();
+    const cases = [
+      ["0", 1, 1],
+      ["90", 90, 90],
+      ["0.5", 1, 1],
+      ["nonsense", 1, 1],
+      ["-3", 1, 1],
+      [inFive, 1, 6],
+    ] as const;
+    const fleet = await start(cases.length);
+    try {
+      for (const [index, [said, least, most]] of cases.entries()) {
+        const fault = answer(429, { error: "busy" }, { "Retry-After": said });
+        fleet.engines[`a${index}`]?.behave({ fault });
+        const { headers } = await openaiChat(fleet.url, { model: `a${index}` });
+        const seconds = Number(headers.get("retry-after"));
+        assert.ok(
+          Number.isInteger(seconds) && seconds >= least && seconds <= most,
+          `${said}: ${seconds}`,
+        );
+        assert.equal(headers.get("x-should-retry"), seconds > 60 ? "false" : null);
+      }
+    } finally {
+      await fleet.close();
     }
   });
 });

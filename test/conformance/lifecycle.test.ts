@@ -373,17 +373,11 @@ describe("configuration", () => {
         config: {
           ...DEMO,
           cache: { enabled: true },
-          circuitBreaker: { failureThreshold: 5 },
           models: { demo: { fallback: "demo", maxOutputTokens: 9 } },
         },
         env: { TIDEGATE_QUEUE_MAX_WAT: "1" },
       });
-      for (const key of [
-        "cache",
-        "circuitBreaker",
-        "models.demo.fallback",
-        "models.demo.maxOutputTokens",
-      ]) {
+      for (const key of ["cache", "models.demo.fallback", "models.demo.maxOutputTokens"]) {
         assert.ok(
           gateway.stderr().includes(`${key}: accepted, in effect from a later version`),
           key,

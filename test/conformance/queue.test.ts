@@ -244,7 +244,7 @@ describe("heartbeats", () => {
   before(async () => {
     fleet = await startFleet(
       { a: { backend: { concurrency: 1, healthInterval: 60_000 } } },
-      { queue: { heartbeatMs: 40 } },
+      { queue: { heartbeatMs: 40 }, circuitBreaker: { failureThreshold: 1_000_000 } },
     );
   });
   afterEach(() => fleet.reset());
@@ -316,7 +316,9 @@ describe("heartbeats", () => {
       [faults.ollamaBusy, "rate_limit_exceeded"],
     ] as const) {
       a.behave({ headersDelayMs: 150, fault });
-      const answer = await openaiChat(fleet.url, { stream: true });
+      // A busy engine is waited for as long as the client has time.
+      const headers = { "x-stainless-timeout": "0.1" };
+      const answer = await openaiChat(fleet.url, { stream: true }, { headers });
       assert.equal(answer.status, 200);
       assert.ok(comments(answer.text).length >= 1);
       const [error, ...others] = dataOf(answer.text);
@@ -327,6 +329,7 @@ describe("heartbeats", () => {
       const record = await fleet.gateway.record(answer.headers.get("x-request-id") ?? "");
       assert.deepEqual([record.status, record.ending, record.cause], [200, "failed", code]);
     }
+    a.behave({ fault: faults.ollamaLoadFailed });
     const anthropic = await send(
       `${fleet.url}/v1/messages`,
       chatBody({ stream: true, max_tokens: 3 }),
@@ -389,7 +392,10 @@ describe("timeouts of a stream", () => {
   before(async () => {
     fleet = await startFleet(
       { a: { backend: { healthInterval: 60_000 } } },
-      { timeouts: { firstByteMs: 300, idleMs: 300, clientMs: 400 } },
+      {
+        timeouts: { firstByteMs: 300, idleMs: 300, clientMs: 400 },
+        circuitBreaker: { failureThreshold: 1_000_000 },
+      },
     );
   });
   afterEach(() => fleet.reset());

@@ -20,38 +20,36 @@ const retried: Record<string, Fault> = {
   "200 with an error object": faults.errorIn200,
   "200 with a string error": faults.lmStudioUnexpected,
   "200 in HTML": faults.htmlGateway(200),
+};
+
+const busy: Record<string, Fault> = {
   "503 busy": faults.ollamaBusy,
   "429 busy": faults.tgiBusy,
   "503 loading": faults.loadingModel,
 };
 
+/** The breaker has tests of its own: here the same backend fails again and again. */
+const noBreaker = { circuitBreaker: { failureThreshold: 1_000_000 } };
+
 describe("retry", () => {
   // The heavier one is asked first; probes are rare, so that nothing is learned between the requests.
   let fleet: Fleet<"first" | "second">;
   before(async () => {
-    fleet = await startFleet({
-      first: { models: model, backend: { weight: 1e6, healthInterval: 60_000 } },
-      second: { models: model, backend: { weight: 1, healthInterval: 60_000 } },
-    });
+    fleet = await startFleet(
+      {
+        first: { models: model, backend: { weight: 1e6, healthInterval: 60_000 } },
+        second: { models: model, backend: { weight: 1, healthInterval: 60_000 } },
+      },
+      noBreaker,
+    );
   });
   beforeEach(() => fleet.reset());
   after(() => fleet.close());
 
   const asked = (id: "first" | "second"): number => fleet.engines[id].inference().length;
   async function checkRetried(answer: Answer, stream: boolean): Promise<void> {
-    assert.equal(answer.status, 200, answer.text);
-    assert.match(answer.text, /word4/);
-    assert.doesNotMatch(answer.text, /"error"/);
-    assert.equal(answer.headers.get("x-tidegate-backend"), "second");
-    assert.equal(answer.headers.get("x-tidegate-attempts"), "2");
-    assert.equal(answer.headers.get("x-tidegate-reason"), "retry");
-    assert.match(answer.headers.get("server-timing") ?? "", /retry;dur=\d/);
+    await checkSecond(fleet, answer, stream);
     assert.equal(asked("second"), 1);
-    const record = await fleet.gateway.record(answer.headers.get("x-request-id") ?? "");
-    assert.deepEqual(
-      [record.backend_id, record.attempts, record.reason, record.ending, record.stream],
-      ["second", 2, "retry", "completed", stream],
-    );
   }
 
   for (const [name, fault] of Object.entries(retried)) {
@@ -105,14 +103,71 @@ describe("retry", () => {
   });
 });
 
+/** Answered whole by the second backend, after one failure elsewhere. */
+async function checkSecond(
+  { gateway }: Pick<Fleet<string>, "gateway">,
+  answer: Answer,
+  stream: boolean,
+): Promise<void> {
+  assert.equal(answer.status, 200, answer.text);
+  assert.match(answer.text, /word4/);
+  assert.doesNotMatch(answer.text, /"error"/);
+  assert.equal(answer.headers.get("x-tidegate-backend"), "second");
+  assert.equal(answer.headers.get("x-tidegate-attempts"), "2");
+  assert.equal(answer.headers.get("x-tidegate-reason"), "retry");
+  assert.match(answer.headers.get("server-timing") ?? "", /retry;dur=\d/);
+  const record = await gateway.record(answer.headers.get("x-request-id") ?? "");
+  assert.deepEqual(
+    [record.backend_id, record.attempts, record.reason, record.ending, record.stream],
+    ["second", 2, "retry", "completed", stream],
+  );
+}
+
+describe("retry: a busy engine", () => {
+  // One that said so gets nothing more for a second: a backend and a model for each request.
+  const models = ["whole", "streamed"];
+  let fleet: Fleet<string>;
+  before(async () => {
+    const all = Object.keys(busy).flatMap((name) => models.map((each) => `${name} ${each}`));
+    const first = all.map((name) => {
+      return [name, { models: [name], backend: { weight: 1e6, healthInterval: 60_000 } }] as const;
+    });
+    fleet = await startFleet(
+      {
+        ...Object.fromEntries(first),
+        second: { models: all, backend: { healthInterval: 60_000 } },
+      },
+      noBreaker,
+    );
+  });
+  beforeEach(() => fleet.reset());
+  after(() => fleet.close());
+
+  for (const [name, fault] of Object.entries(busy)) {
+    it(`${name}: another backend answers`, TIMEOUT, async () => {
+      for (const [index, each] of models.entries()) {
+        const id = `${name} ${each}`;
+        fleet.engines[id]?.behave({ fault });
+        const stream = index === 1;
+        await checkSecond(fleet, await openaiChat(fleet.url, { model: id, stream }), stream);
+        assert.equal(fleet.engines[id]?.inference().length, 1);
+        assert.equal(fleet.engines["second"]?.inference().length, index + 1);
+      }
+    });
+  }
+});
+
 describe("retry: where it has to end", () => {
   let fleet: Fleet<"first" | "second" | "third">;
   before(async () => {
-    fleet = await startFleet({
-      first: { models: model, backend: { weight: 1e6, healthInterval: 60_000 } },
-      second: { models: model, backend: { weight: 1000, healthInterval: 60_000 } },
-      third: { models: model, backend: { weight: 1, healthInterval: 60_000 } },
-    });
+    fleet = await startFleet(
+      {
+        first: { models: model, backend: { weight: 1e6, healthInterval: 60_000 } },
+        second: { models: model, backend: { weight: 1000, healthInterval: 60_000 } },
+        third: { models: model, backend: { weight: 1, healthInterval: 60_000 } },
+      },
+      noBreaker,
+    );
   });
   afterEach(() => fleet.reset());
   after(() => fleet.close());
@@ -155,19 +210,6 @@ describe("retry: where it has to end", () => {
     assert.equal(total(), 1);
   });
 
-  it(
-    "all busy: 429 with a Retry-After, which is the engine's where it gave one",
-    TIMEOUT,
-    async () => {
-      for (const engine of Object.values(fleet.engines))
-        engine.behave({ fault: faults.busyFor(7) });
-      const answer = await openaiChat(fleet.url);
-      expectError(answer, 429, "rate_limit_exceeded");
-      assert.equal(answer.headers.get("retry-after"), "7");
-      assert.ok(Number(answer.headers.get("retry-after-ms")) > 0);
-    },
-  );
-
   it("the client that leaves between two attempts is not sent again", TIMEOUT, async () => {
     fleet.engines.first.behave({ headersDelayMs: 300, fault: { kind: "drop", by: "reset" } });
     const leaving = new AbortController();
@@ -182,4 +224,29 @@ describe("retry: where it has to end", () => {
     assert.equal(record.status, 499);
     assert.equal(total(), 1);
   });
+});
+
+describe("retry: all busy", () => {
+  for (const maxWaitMs of [0, 300]) {
+    it(`429 with the engine's Retry-After once ${maxWaitMs} ms are over`, TIMEOUT, async () => {
+      const backend = { healthInterval: 60_000 };
+      const fleet = await startFleet(
+        { a: { models: model, backend }, b: { models: model, backend } },
+        { queue: { maxWaitMs } },
+      );
+      try {
+        const { a, b } = fleet.engines;
+        for (const engine of [a, b]) engine.behave({ fault: faults.busyFor(7) });
+        const answer = await openaiChat(fleet.url);
+        expectError(answer, 429, "rate_limit_exceeded");
+        assert.equal(answer.headers.get("retry-after"), "7");
+        assert.ok(Number(answer.headers.get("retry-after-ms")) > 0);
+        const sent = a.inference().length + b.inference().length;
+        assert.equal(answer.headers.get("x-tidegate-attempts"), String(sent));
+        assert.equal(sent, 2, "each was asked, and nobody twice");
+      } finally {
+        await fleet.close();
+      }
+    });
+  }
 });

@@ -48,8 +48,11 @@ function scheduler(limits: Limits = {}): SchedulerState {
 
 const arrive = (state: SchedulerState, of: Ticket, now = 0) =>
   step(state, { type: "arrive", ticket: of }, now);
-const complete = (state: SchedulerState, of: Ticket, serviceMs = 100, now = 0) =>
-  step(state, { type: "complete", ticket: of, serviceMs }, now);
+const complete = (state: SchedulerState, of: Ticket, serviceMs: number | null = 100, now = 0) =>
+  step(state, { type: "complete", ticket: of, serviceMs, heldUntil: null }, now);
+/** Ends because the engine is too busy: nobody follows before `heldUntil`, unless somebody ends. */
+const sentBack = (state: SchedulerState, of: Ticket, heldUntil: number, now = 0) =>
+  step(state, { type: "complete", ticket: of, serviceMs: null, heldUntil }, now);
 
 /** The effects of one kind, by ticket. */
 function those(effects: readonly SchedulerEffect[], type: SchedulerEffect["type"]): Ticket[] {
@@ -238,6 +241,22 @@ describe("complete", () => {
     assert.equal(retryAfterOf(arrive(state, ticket())), 30_000);
   });
 
+  it("learns nothing of one that tells nothing of how long answers take", () => {
+    const places = { limit: 0, used: 0 };
+    const state = scheduler({ places });
+    const [a, b, c] = [ticket(), ticket(), ticket()];
+    const refused = () => retryAfterOf(arrive(state, ticket()));
+    arrive(state, a);
+    complete(state, a, null);
+    arrive(state, b);
+    assert.equal(refused(), 10_000, "still unmeasured");
+    complete(state, b, 2000);
+    arrive(state, c);
+    complete(state, c, null);
+    arrive(state, ticket());
+    assert.equal(refused(), 2000, "as it was");
+  });
+
   it("gives a retry-after above zero though requests have taken no time", () => {
     const state = scheduler({ places: { limit: 0, used: 0 } });
     const first = ticket();
@@ -365,6 +384,20 @@ describe("elsewhere, recall, room", () => {
     assert.deepEqual([state.waiting, places.used, state.backend.used], [0, 0, 2]);
   });
 
+  it("recall of one model leaves the others' queues alone", () => {
+    const state = scheduler({ models: ["x", "y"] });
+    for (const model of ["x", "y"]) arrive(state, ticket(model));
+    const [x1, y1, x2] = [ticket("x", 1), ticket("y", 2), ticket("x", 3)];
+    for (const each of [x1, y1, x2]) arrive(state, each);
+    const effects = step(state, { type: "recall", model: "x" }, 5);
+    assert.deepEqual(decided(effects), [
+      ["reselect", x1],
+      ["reselect", x2],
+    ]);
+    assert.deepEqual([positionOf(state, y1), state.waiting], [0, 1]);
+    assert.deepEqual(step(state, { type: "recall", model: "none" }, 5), []);
+  });
+
   it("room grants as far as the shared cap goes", () => {
     const cap: Cap = { limit: 3, used: 3 };
     const state = scheduler({ slots: 9, shared: [cap] });
@@ -417,6 +450,114 @@ describe("hasRoom", () => {
   });
 });
 
+describe("a held backend", () => {
+  /** One still runs, two wait, and the engine has just sent back the fourth. */
+  function held(limits: Limits = { slots: 2 }) {
+    const state = scheduler(limits);
+    const [runs, back] = [ticket(), ticket()];
+    const waiting = [ticket("m", 1, 5000), ticket("m", 2, 6000)];
+    for (const each of [runs, back, ...waiting]) arrive(state, each, 10);
+    const effects = sentBack(state, back, 1000, 10);
+    return { state, runs, waiting, effects };
+  }
+
+  it("starts nobody though slots are free, and asks for a timer at the end of the hold", () => {
+    const { state, waiting, effects } = held();
+    assert.deepEqual(effects, [{ type: "timer", at: 1000 }]);
+    assert.equal(state.backend.used, 1);
+    assert.equal(hasRoom(state, "m"), false);
+    assert.deepEqual(step(state, { type: "room" }, 500), []);
+    const late = ticket("m", 500, 700);
+    assert.deepEqual(arrive(state, late, 500), [{ type: "timer", at: 700 }]);
+    assert.deepEqual(decided(step(state, configuration({ slots: 9 }), 600)), []);
+    assert.deepEqual(
+      [...waiting, late].map((each) => positionOf(state, each)),
+      [0, 1, 2],
+    );
+  });
+
+  it("starts an arrival neither, where nobody waits", () => {
+    const state = scheduler({ slots: 2 });
+    const back = ticket();
+    arrive(state, back);
+    assert.deepEqual(sentBack(state, back, 1000), [{ type: "timer", at: 1000 }]);
+    assert.equal(hasRoom(state, "m"), false);
+    const next = ticket("m", 1, 9000);
+    assert.deepEqual(arrive(state, next, 1), [{ type: "timer", at: 1000 }]);
+    assert.deepEqual(decided(step(state, { type: "timer" }, 1000)), [["grant", next]]);
+  });
+
+  it("starts again when the timer comes, not when it comes early", () => {
+    const { state, waiting } = held();
+    assert.deepEqual(decided(step(state, { type: "timer" }, 999)), []);
+    assert.deepEqual(step(state, { type: "timer" }, 999), [{ type: "timer", at: 1000 }]);
+    const effects = step(state, { type: "timer" }, 1000);
+    assert.deepEqual(those(effects, "grant"), waiting.slice(0, 1));
+    assert.equal(state.heldUntil, null);
+  });
+
+  it("starts again when one that runs there ends, before the time", () => {
+    const { state, runs, waiting } = held();
+    assert.deepEqual(those(complete(state, runs, 100, 20), "grant"), waiting);
+    assert.equal(state.heldUntil, null);
+  });
+
+  it("is held again, from then on, when the one that ends was sent back as well", () => {
+    const { state, runs, waiting } = held();
+    assert.deepEqual(sentBack(state, runs, 1500, 500), [{ type: "timer", at: 1500 }]);
+    assert.deepEqual(decided(step(state, { type: "timer" }, 1000)), [], "the old time is void");
+    assert.deepEqual(those(step(state, { type: "timer" }, 1500), "grant"), waiting);
+  });
+
+  it("lets whoever waits expire, leave, and be sent elsewhere", () => {
+    const state = scheduler({ slots: 1, models: ["m", "n"] });
+    const back = ticket();
+    arrive(state, back);
+    const due = ticket("m", 1, 300);
+    const [leaves, head, recalled] = [2, 3, 4].map((at) => ticket("m", at, 9000));
+    assert(leaves && head && recalled);
+    for (const each of [due, leaves, head, recalled]) arrive(state, each, 5);
+    assert.deepEqual(sentBack(state, back, 1000, 10), [{ type: "timer", at: 300 }]);
+    const effects = step(state, { type: "timer" }, 300);
+    assert.deepEqual(decided(effects), [["expire", due]]);
+    assert.deepEqual(effects.at(-1), { type: "timer", at: 1000 }, "the hold has still to end");
+    assert.deepEqual(step(state, { type: "cancel", ticket: leaves }, 310), []);
+    const sent = step(state, { type: "elsewhere", model: "m" }, 320);
+    assert.deepEqual(decided(sent), [["reselect", head]]);
+    assert.deepEqual(decided(step(state, { type: "recall" }, 330)), [["reselect", recalled]]);
+    assert.deepEqual(decided(step(state, { type: "timer" }, 1000)), []);
+    assert.equal(hasRoom(state, "m"), true);
+  });
+
+  it("expires at once whom it would have granted, where it may not wait", () => {
+    const { state } = held({ slots: 9, places: { limit: 10, used: 0 } });
+    const impatient = ticket("m", 20, 20);
+    assert.deepEqual(decided(arrive(state, impatient, 20)), [["expire", impatient]]);
+  });
+
+  it("asks for its timer again when it is configured anew", () => {
+    const { state } = held();
+    const out = configuration({ available: false, concurrency: 0, models: [] });
+    step(state, out, 20);
+    const effects = step(state, configuration({ slots: 2 }), 2000);
+    assert.deepEqual(effects, [{ type: "timer", at: 1000 }], "what is past fires at once");
+    step(state, { type: "timer" }, 2000);
+    assert.equal(hasRoom(state, "m"), true);
+  });
+
+  it("holds all its models, and no other backend", () => {
+    const shared: Cap = { limit: 9, used: 0 };
+    const here = scheduler({ models: ["x", "y"], shared: [shared] });
+    const there = scheduler({ models: ["x", "y"], shared: [shared] });
+    const back = ticket("x");
+    arrive(here, back);
+    sentBack(here, back, 1000);
+    assert.deepEqual([hasRoom(here, "x"), hasRoom(here, "y")], [false, false]);
+    assert.deepEqual([hasRoom(there, "x"), hasRoom(there, "y")], [true, true]);
+    assert.equal(shared.used, 0);
+  });
+});
+
 /*
  * Any order of events. A world of several schedulers that share caps, driven as the fleet drives
  * them, beside books that are kept from the effects alone.
@@ -438,6 +579,8 @@ interface Site {
   waiting: Entry[];
   running: Ticket[];
   timerAt: number | null;
+  /** By the books: no start before then. */
+  heldUntil: number | null;
 }
 
 class World {
@@ -460,6 +603,7 @@ class World {
       waiting: [],
       running: [],
       timerAt: null,
+      heldUntil: null,
     }));
   }
 
@@ -497,6 +641,7 @@ class World {
     return (
       lane !== undefined &&
       site.plan.available &&
+      site.heldUntil === null &&
       this.runningOf(site, model) < lane.slots &&
       site.running.length < site.plan.concurrency &&
       this.runningAnywhere(model) < this.capOf(model).limit &&
@@ -507,13 +652,17 @@ class World {
   send(site: Site, event: SchedulerEvent): void {
     const arrival = event.type === "arrive" ? event.ticket : null;
     if (event.type === "configure") site.plan = event;
-    if (event.type === "timer") site.timerAt = null;
+    if (event.type === "timer") {
+      site.timerAt = null;
+      if (site.heldUntil !== null && site.heldUntil <= this.now) site.heldUntil = null;
+    }
     if (event.type === "cancel") {
       site.waiting = site.waiting.filter((each) => each.ticket !== event.ticket);
       this.owed.set(event.ticket, 0);
     }
     if (event.type === "complete") {
       site.running = site.running.filter((each) => each !== event.ticket);
+      site.heldUntil = event.heldUntil;
     }
     const effects = step(site.state, event, this.now);
     for (const effect of effects) this.#book(site, event, effect);
@@ -556,6 +705,7 @@ class World {
         break;
       case "reselect":
         assert(["arrive", "configure", "recall", "elsewhere"].includes(event.type));
+        if (event.type === "recall") assert([undefined, of.model].includes(event.model));
         this.homeless.push(of);
     }
     site.waiting = site.waiting.filter((each) => each.ticket !== of);
@@ -608,6 +758,11 @@ class World {
         assert(site.timerAt !== null && site.timerAt <= deadline, "somebody waits without a timer");
         assert(deadline > this.now, "somebody waits beyond the deadline");
       }
+      assert.equal(state.heldUntil, site.heldUntil);
+      if (site.heldUntil !== null) {
+        assert(site.timerAt !== null && site.timerAt <= site.heldUntil, "held without a timer");
+        assert(site.heldUntil > this.now, "held beyond its time");
+      }
     }
     for (const model of MODELS) {
       const waiting = this.sites.flatMap((site) => this.waitingOf(site, model));
@@ -639,7 +794,9 @@ const anyEvent = fc.oneof(
     arbitrary: fc.record({
       type: fc.constant("complete" as const),
       pick: nat(50),
-      serviceMs: fc.integer({ min: 1, max: 5000 }),
+      serviceMs: fc.option(fc.integer({ min: 1, max: 5000 })),
+      /** The engine is too busy, for so long. */
+      holdMs: fc.option(fc.integer({ min: 1, max: 1000 }), { freq: 2 }),
     }),
   },
   {
@@ -665,7 +822,14 @@ const anyEvent = fc.oneof(
       limit: fc.constantFrom(1, 2, 5, Infinity),
     }),
   },
-  { weight: 1, arbitrary: fc.record({ type: fc.constant("recall" as const), site: nat(2) }) },
+  {
+    weight: 1,
+    arbitrary: fc.record({
+      type: fc.constant("recall" as const),
+      site: nat(2),
+      model: fc.option(fc.constantFrom(...MODELS)),
+    }),
+  },
   {
     weight: 2,
     arbitrary: fc.record({
@@ -695,8 +859,9 @@ function happen(world: World, event: Happening): void {
       const all = world.sites.flatMap((site) => site.running.map((of) => ({ site, of })));
       const chosen = all[event.pick % Math.max(1, all.length)];
       if (chosen === undefined) break;
-      const { serviceMs } = event;
-      world.send(chosen.site, { type: "complete", ticket: chosen.of, serviceMs });
+      const { serviceMs, holdMs } = event;
+      const heldUntil = holdMs === null ? null : world.now + holdMs;
+      world.send(chosen.site, { type: "complete", ticket: chosen.of, serviceMs, heldUntil });
       break;
     }
     case "cancel": {
@@ -718,9 +883,13 @@ function happen(world: World, event: Happening): void {
     case "cap":
       world.capOf(event.model).limit = event.limit;
       break;
-    case "recall":
+    case "recall": {
+      const { model } = event;
+      world.send(world.site(event.site), { type: "recall", ...(model === null ? {} : { model }) });
+      break;
+    }
     case "timer":
-      world.send(world.site(event.site), { type: event.type });
+      world.send(world.site(event.site), { type: "timer" });
       break;
     case "elsewhere":
       world.send(world.site(event.site), { type: "elsewhere", model: event.model });
@@ -780,11 +949,11 @@ describe("any order of events", () => {
           // Whatever waits is served or expires; whatever runs ends.
           for (let round = 0; world.runningAnywhere() > 0; round++) {
             assert(round < 1000, "never comes to rest");
-            happen(world, { type: "complete", pick: 0, serviceMs: 10 });
+            happen(world, { type: "complete", pick: 0, serviceMs: 10, holdMs: null });
           }
           world.advance(10_000);
           while (world.runningAnywhere() > 0) {
-            happen(world, { type: "complete", pick: 0, serviceMs: 10 });
+            happen(world, { type: "complete", pick: 0, serviceMs: 10, holdMs: null });
           }
           world.check();
           const caps = [...world.caps.values(), ...world.places.values(), world.process];

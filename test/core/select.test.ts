@@ -14,6 +14,8 @@ function candidate(backend: string, more: Partial<Omit<Candidate, "target">> = {
     load: 0,
     weight: 1,
     failedAt: null,
+    open: false,
+    trying: false,
     ...more,
   };
 }
@@ -134,45 +136,90 @@ describe("select", () => {
     );
   });
 
-  it("always chooses out of the best tier that is there, and only null without a target to use", () => {
+  it("passes over those whose breaker is open, however healthy and idle they are", () => {
+    const open = candidate("open", { open: true });
+    const busy = candidate("busy", { free: false, load: 9 });
+    assert.deepEqual(pick([open, busy]), ["busy", "only"]);
+    const poor = candidate("poor", { health: "unknown", free: false, load: 9 });
+    assert.deepEqual(pick([open, poor]), ["poor", "only"]);
+    assert.deepEqual(pick([open, candidate("a", { load: 1 }), candidate("b")]), [
+      "b",
+      "least_busy",
+    ]);
+  });
+
+  it("does not mind a trial that runs where another can be used", () => {
+    const trying = candidate("trying", { open: true, trying: true, load: 1 });
+    assert.deepEqual(pick([trying, candidate("a")]), ["a", "only"]);
+    // Half-open, with room for a further trial: it is no worse than the others.
+    const second = candidate("second", { trying: true, load: 1 });
+    assert.deepEqual(pick([second]), ["second", "only"]);
+  });
+
+  it("never goes to a barred one", () => {
+    const barred = candidate("barred", { barred: true });
+    assert.deepEqual(pick([barred, candidate("a", { free: false, load: 5 })]), ["a", "only"]);
+    assert.equal(pick([barred]), null);
+    assert.equal(pick([candidate("barred", { barred: true, health: "unhealthy" })]), null);
+  });
+
+  it("chooses out of the best tier that is there; else one trial at a time, where it starts at once", () => {
     const rank: Record<Health, number> = { healthy: 0, degraded: 1, unknown: 2, unhealthy: 3 };
     const one = fc.record({
-      health: fc.constantFrom<Health>("healthy", "degraded", "unknown", "unhealthy"),
+      health: fc.constantFrom<Health>("healthy", "degraded", "unknown", "unhealthy", "unhealthy"),
       free: fc.boolean(),
       load: fc.nat({ max: 5 }),
       weight: fc.integer({ min: 1, max: 4 }),
-      failedAt: fc.option(fc.nat({ max: 100 })),
+      failedAt: fc.option(fc.integer({ min: 1, max: 100 })),
+      open: fc.boolean(),
+      trying: fc.constantFrom(false, false, false, true),
+      barred: fc.constantFrom(false, false, true),
     });
+    const rankOf = ({ health, open, barred }: Candidate) => {
+      if (barred) return 4;
+      return open ? 3 : rank[health];
+    };
     fc.assert(
       fc.property(fc.array(one, { maxLength: 6 }), (each) => {
         const all = each.map((more, at) => candidate(`b${at}`, more));
         const selection = select(all, new Map());
-        const best = Math.min(...all.map(({ health }) => rank[health]));
-        if (selection === null) {
-          const isTrialRunning = best === 3 && all.some(({ load }) => load > 0);
-          assert(all.length === 0 || isTrialRunning);
+        const best = Math.min(4, ...all.map(rankOf));
+        const chosen = all.find(({ target }) => target === selection?.target);
+        if (best < 3) {
+          assert(chosen !== undefined && rankOf(chosen) === best);
+          assert.notEqual(selection?.reason, "trial");
+          const rivals = all.filter((other) => rankOf(other) === best);
+          assert(chosen.free || rivals.every(({ free }) => !free), "a free one was passed over");
+          for (const rival of rivals.filter(({ free }) => free === chosen.free)) {
+            assert(chosen.load / chosen.weight <= rival.load / rival.weight);
+          }
           return;
         }
-        const chosen = all.find(({ target }) => target === selection.target);
-        assert(chosen !== undefined && rank[chosen.health] === best);
-        const rivals = all.filter(({ health }) => rank[health] === best);
-        if (best === 3) return;
-        assert(chosen.free || rivals.every(({ free }) => !free), "a free one was passed over");
-        for (const rival of rivals.filter(({ free }) => free === chosen.free)) {
-          assert(chosen.load / chosen.weight <= rival.load / rival.weight);
-        }
+        const able = all.filter((other) => rankOf(other) === 3 && other.free);
+        const isTaken = all.some(({ trying }) => trying);
+        assert.equal(selection === null, isTaken || able.length === 0);
+        if (chosen === undefined) return;
+        assert.equal(selection?.reason, "trial");
+        assert(able.includes(chosen));
+        const failedAt = chosen.failedAt ?? 0;
+        for (const other of able) assert(failedAt <= (other.failedAt ?? 0), "failed more recently");
       }),
-      { numRuns: 300 },
+      { numRuns: 1000 },
     );
   });
 });
 
 describe("trials", () => {
-  const broken = (backend: string, failedAt: number | null, load = 0) =>
-    candidate(backend, { health: "unhealthy", failedAt, load });
+  const broken = (backend: string, failedAt: number | null, trying = false) =>
+    candidate(backend, { health: "unhealthy", failedAt, trying });
+  const open = (backend: string, failedAt: number | null, trying = false) =>
+    candidate(backend, { open: true, failedAt, trying });
 
-  it("go to the least recently failed", () => {
+  it("go to the least recently failed, be it unhealthy or open", () => {
     assert.deepEqual(pick([broken("a", 30), broken("b", 10), broken("c", 20)]), ["b", "trial"]);
+    assert.deepEqual(pick([open("a", 30), open("b", 10), open("c", 20)]), ["b", "trial"]);
+    assert.deepEqual(pick([broken("a", 30), open("b", 10)]), ["b", "trial"]);
+    assert.deepEqual(pick([broken("a", 10), open("b", 30)]), ["a", "trial"]);
   });
 
   it("go to one that never failed first", () => {
@@ -180,13 +227,25 @@ describe("trials", () => {
   });
 
   it("are one at a time: while one is in flight, anywhere, nobody else goes", () => {
-    assert.equal(pick([broken("a", 10, 1), broken("b", 20)]), null);
-    assert.equal(pick([broken("a", 10), broken("b", 20, 1)]), null);
-    assert.deepEqual(pick([broken("a", 10), broken("b", 20)]), ["a", "trial"]);
+    for (const kind of [broken, open]) {
+      assert.equal(pick([kind("a", 10, true), broken("b", 20)]), null);
+      assert.equal(pick([broken("a", 10), kind("b", 20, true)]), null);
+      assert.equal(pick([open("a", 10), { ...kind("b", 20, true), barred: true }]), null);
+      assert.deepEqual(pick([kind("a", 10), broken("b", 20)]), ["a", "trial"]);
+    }
+  });
+
+  it("are not held up by what else runs there: it began when all was well", () => {
+    assert.deepEqual(pick([{ ...broken("a", 10), load: 3 }]), ["a", "trial"]);
+  });
+
+  it("go only where they start at once: nobody waits for a backend that may be dead", () => {
+    assert.equal(pick([{ ...open("a", 10), free: false }]), null);
+    assert.deepEqual(pick([{ ...open("a", 10), free: false }, broken("b", 20)]), ["b", "trial"]);
   });
 
   it("rotate: each failure puts that backend last", () => {
-    const all = [broken("a", 1), broken("b", 2), broken("c", 3)];
+    const all = [broken("a", 1), open("b", 2), broken("c", 3)];
     const order = Array.from({ length: 6 }, (_, at) => {
       const chosen = pick(all)?.[0];
       for (const each of all) if (each.target.backend === chosen) each.failedAt = 10 + at;
@@ -197,6 +256,6 @@ describe("trials", () => {
 
   it("are not needed while a backend of unknown health is there", () => {
     const fresh = candidate("b", { health: "unknown", load: 3 });
-    assert.deepEqual(pick([broken("a", null), fresh]), ["b", "only"]);
+    assert.deepEqual(pick([broken("a", null), open("c", null), fresh]), ["b", "only"]);
   });
 });

@@ -2,6 +2,8 @@
 import assert from "node:assert/strict";
 import { afterEach, beforeEach, describe, it, mock } from "node:test";
 import { schema } from "../../src/config.ts";
+import { judge, SUCCESS } from "../../src/core/outcome.ts";
+import { RetryBudget } from "../../src/core/retries.ts";
 import type { Backend, Snapshot } from "../../src/core/snapshot.ts";
 import { admit, waitingOf, type AdmitOptions } from "../../src/data/admit.ts";
 import { Exchange } from "../../src/data/exchange.ts";
@@ -14,6 +16,8 @@ import { Fleet } from "../../src/fleet/fleet.ts";
 import { Log } from "../../src/telemetry/log.ts";
 import { untraced } from "../../src/telemetry/tracing.ts";
 import { aBackend, aModel, aSnapshot, aTarget } from "../support/snapshot.ts";
+
+const FAILURE = judge("unreachable");
 
 function snapshotOf(models: Record<string, string[]>, more: Partial<Backend> = {}): Snapshot {
   const ids = [...new Set(Object.values(models).flat())].toSorted((a, b) => (a < b ? -1 : 1));
@@ -48,7 +52,14 @@ class House {
   constructor(models: Record<string, string[]>, more: Partial<Backend> = {}) {
     const config = schema.parse({ queue: { maxWaitMs: 5000, maxLength: 2 } });
     const now = () => this.now;
-    this.fleet = new Fleet({ now, maxLength: 2, upstreamLimit: Infinity, apiKeyOf: () => null });
+    this.fleet = new Fleet({
+      now,
+      maxLength: 2,
+      upstreamLimit: Infinity,
+      breaker: config.circuitBreaker,
+      random: () => 0,
+      apiKeyOf: () => null,
+    });
     this.snapshot = snapshotOf(models, more);
     this.fleet.apply(this.snapshot);
     this.plane = {
@@ -59,6 +70,7 @@ class House {
       metrics: null,
       tracing: untraced,
       exchanges: new Set(),
+      retries: new RetryBudget(),
       heldBytes: 0,
       admitting: true,
       now,
@@ -93,7 +105,8 @@ class House {
   }
 
   admit(exchange: Exchange, options: Partial<AdmitOptions> = {}) {
-    const all = { tried: new Set<string>(), freeSlotOnly: false, ...options };
+    const none = new Set<string>();
+    const all = { tried: none, busy: none, mayWait: () => true, ...options };
     return admit(exchange, this.plane, all);
   }
 
@@ -146,7 +159,7 @@ describe("admit", () => {
     const [admission, behind] = [house.admit(exchange), house.admit(other)];
     assert.deepEqual([waitingOf(exchange)?.position, waitingOf(other)?.position], [0, 1]);
     house.advance(700);
-    first.release("success");
+    first.release(SUCCESS);
     assert.equal((await admission).target.backend, "a");
     assert.equal(exchange.record.queue_ms, 700);
     assert.deepEqual([waitingOf(exchange), waitingOf(other)?.position], [null, 0]);
@@ -196,7 +209,7 @@ describe("admit", () => {
     exchange.cancel();
     assert.equal((await refusal(admission)).code, "client_closed_request");
     assert.deepEqual(house.usage, [1, 0]);
-    first.release("success");
+    first.release(SUCCESS);
     assert.deepEqual(house.usage, [0, 0]);
     assert.equal(exchange.record.cause, "queued");
   });
@@ -206,7 +219,7 @@ describe("admit", () => {
     const first = await house.admit(house.request("m"));
     const exchange = house.request("m");
     const admission = house.admit(exchange);
-    first.release("success");
+    first.release(SUCCESS);
     exchange.cancel();
     await refusal(admission);
     assert.deepEqual(house.usage, [0, 0]);
@@ -302,10 +315,10 @@ describe("admit", () => {
       assert.deepEqual(house.usage, [1, 1]);
       const plain = await house.admit(house.request("m"));
       assert.equal(plain.target.backend, "a");
-      plain.release("success");
+      plain.release(SUCCESS);
       await settle();
       assert.deepEqual(house.usage, [1, 1], "an idle engine that cannot is no place to go");
-      first.release("success");
+      first.release(SUCCESS);
       assert.equal((await soon(waits)).target.backend, "b");
     });
 
@@ -346,7 +359,7 @@ describe("admit", () => {
     assert((error.retryAfterMs ?? 0) > 0);
     assert.match(error.message, /connection refused/);
     house.now++;
-    trial.release("failure");
+    trial.release(FAILURE);
     const next = await house.admit(house.request("m"));
     assert.notEqual(next.target.backend, trial.target.backend);
   });
@@ -356,7 +369,7 @@ describe("admit", () => {
     const exchange = house.request("m");
     const permit = await house.admit(exchange, { tried: new Set(["a"]) });
     assert.deepEqual([permit.target.backend, exchange.record.reason], ["b", "retry"]);
-    permit.release("failure");
+    permit.release(FAILURE);
     await refusal(house.admit(house.request("m"), { tried: new Set(["a", "b"]) }));
   });
 
@@ -365,18 +378,171 @@ describe("admit", () => {
     const trial = await house.admit(house.request("m"), { tried: new Set(["b"]) });
     assert.equal(trial.target.backend, "a");
     await refusal(house.admit(house.request("m"), { tried: new Set(["a"]) }));
-    await refusal(house.admit(house.request("m"), { freeSlotOnly: true }));
-    trial.release("failure");
+    await refusal(house.admit(house.request("m"), { busy: new Set(["a"]) }));
+    trial.release(FAILURE);
     const next = await house.admit(house.request("m"), { tried: new Set(["a"]) });
     assert.equal(next.target.backend, "b");
   });
 
-  it("does not wait where only a free slot will do", async () => {
-    const house = new House({ m: ["a", "b"] });
-    const first = await house.admit(house.request("m"));
-    const second = await house.admit(house.request("m"), { freeSlotOnly: true });
-    assert.notEqual(second.target.backend, first.target.backend);
-    await refusal(house.admit(house.request("m"), { freeSlotOnly: true }));
-    assert.deepEqual(house.usage, [2, 0]);
+  describe("of a second attempt", () => {
+    const never = () => assert.fail("was asked whether it may wait");
+    const ids = (...backends: string[]) => new Set(backends);
+
+    it("takes a free slot elsewhere without asking whether it may wait", async () => {
+      const house = new House({ m: ["a", "b"] });
+      for (const options of [{ tried: ids("a") }, { busy: ids("a") }]) {
+        const exchange = house.request("m");
+        const permit = await house.admit(exchange, { ...options, mayWait: never });
+        assert.deepEqual([permit.target.backend, exchange.record.reason], ["b", "retry"]);
+        permit.release(SUCCESS);
+      }
+    });
+
+    it("waits only where it may, and is asked once", async () => {
+      const house = new House({ m: ["a", "b"] });
+      const first = await house.admit(house.request("m"), { tried: ids("a") });
+      let asked = 0;
+      const mayWait = (may: boolean) => () => {
+        asked++;
+        return may;
+      };
+      const refused = house.admit(house.request("m"), {
+        tried: ids("a"),
+        mayWait: mayWait(false),
+      });
+      assert.equal((await refusal(refused)).code, "no_backend_available");
+      assert.deepEqual([asked, house.usage], [1, [1, 0]]);
+      const admission = house.admit(house.request("m"), {
+        tried: ids("a"),
+        mayWait: mayWait(true),
+      });
+      await settle();
+      assert.deepEqual([asked, house.usage], [2, [1, 1]]);
+      first.release(SUCCESS);
+      assert.equal((await soon(admission)).target.backend, "b");
+    });
+
+    it("after a busy engine goes anywhere else first, and waits there if nowhere is room", async () => {
+      const house = new House({ m: ["a", "b"] });
+      const other = await house.admit(house.request("m"), { busy: ids("a") });
+      assert.equal(other.target.backend, "b");
+      // All are busy, or full: whichever comes first, the busy one as well.
+      const waits = house.admit(house.request("m"), { busy: ids("a", "b") });
+      assert.equal((await soon(waits)).target.backend, "a");
+      await refusal(
+        house.admit(house.request("m"), { busy: ids("a", "b"), mayWait: () => false }),
+      );
+    });
+
+    it("comes back to the engine that was busy when its hold is over, alone as it may be", async () => {
+      const house = new House({ m: ["a"] });
+      const first = await house.admit(house.request("m"));
+      first.release(judge("busy"));
+      const again = house.admit(house.request("m"), { busy: ids("a") });
+      await settle();
+      assert.deepEqual(house.usage, [0, 1], "held");
+      house.advance(999);
+      await settle();
+      assert.deepEqual(house.usage, [0, 1]);
+      house.advance(1);
+      assert.equal((await soon(again)).target.backend, "a");
+    });
+
+    it("never goes back where it failed, not even as the only hope", async () => {
+      for (const health of ["healthy", "unhealthy"] as const) {
+        const house = new House({ m: ["a"] }, { health });
+        const error = await refusal(house.admit(house.request("m"), { tried: ids("a") }));
+        assert.equal(error.code, "no_backend_available");
+      }
+    });
+
+    it("does not ask for a wait where nobody is well: it is the one trial, or refused", async () => {
+      const house = new House({ m: ["a", "b"] }, { health: "unhealthy" });
+      const trial = await house.admit(house.request("m"), { tried: ids("a"), mayWait: never });
+      assert.equal(trial.target.backend, "b");
+      const options = { tried: ids("b"), mayWait: never };
+      await refusal(house.admit(house.request("m"), options));
+    });
+  });
+
+  describe("of breakers", () => {
+    const fail = async (house: House, times: number, verdict = FAILURE) => {
+      const seen: string[] = [];
+      for (let each = 0; each < times; each++) {
+        const permit = await house.admit(house.request("m"));
+        seen.push(permit.target.backend);
+        permit.release(verdict);
+      }
+      return seen;
+    };
+
+    it("leaves an open one alone while there is another", async () => {
+      const house = new House({ m: ["a", "b"] });
+      const toA = { tried: new Set(["b"]) };
+      for (let each = 0; each < 3; each++) {
+        (await house.admit(house.request("m"), toA)).release(FAILURE);
+      }
+      assert.equal(house.fleet.breakerOf("a").state, "open");
+      const exchange = house.request("m");
+      const permit = await house.admit(exchange);
+      assert.deepEqual([permit.target.backend, exchange.record.reason], ["b", "only"]);
+      const waits = house.admit(house.request("m"));
+      await settle();
+      assert.deepEqual(house.usage, [1, 1], "rather waits for one that works");
+      permit.release(SUCCESS);
+      await soon(waits);
+    });
+
+    it("sends whoever waits there to another", async () => {
+      const house = new House({ m: ["a"] });
+      await fail(house, 2);
+      const running = await house.admit(house.request("m"));
+      const waits = house.admit(house.request("m"));
+      const exchange = house.request("m");
+      const also = house.admit(exchange);
+      house.apply({ m: ["a", "b"] });
+      await settle();
+      running.release(FAILURE);
+      for (const each of [waits, also]) {
+        const permit = await soon(each);
+        assert.equal(permit.target.backend, "b");
+        permit.release(SUCCESS);
+      }
+    });
+
+    it("refuses with the time of the next trial where one is under way and all are open", async () => {
+      const house = new House({ m: ["a"] });
+      await fail(house, 3);
+      const exchange = house.request("m");
+      const trial = await house.admit(exchange);
+      assert.equal(exchange.record.reason, "trial");
+      const during = await refusal(house.admit(house.request("m")));
+      assert.deepEqual([during.code, during.retryAfterMs], ["no_backend_available", 5000]);
+      trial.release(FAILURE);
+      house.now += 5000;
+      const held = await house.admit(house.request("m"));
+      const error = await refusal(house.admit(house.request("m")));
+      assert.equal(error.code, "no_backend_available");
+      held.release(SUCCESS);
+      (await house.admit(house.request("m"))).release(SUCCESS);
+    });
+
+    it("tells when the first open one is tried again", async () => {
+      const house = new House({ m: ["a"] });
+      await fail(house, 3);
+      house.now += 4000;
+      const error = await refusal(house.admit(house.request("m"), { tried: new Set(["a"]) }));
+      assert.deepEqual([error.code, error.retryAfterMs], ["no_backend_available", 6000]);
+    });
+
+    it("leaves other models on that backend alone when one model fails there", async () => {
+      const house = new House({ m: ["a", "b"], n: ["a"] });
+      const toA = { tried: new Set(["b"]) };
+      for (let each = 0; each < 3; each++) {
+        (await house.admit(house.request("m"), toA)).release(judge("server_error"));
+      }
+      assert.equal((await house.admit(house.request("n"))).target.backend, "a");
+      assert.equal((await house.admit(house.request("m"))).target.backend, "b");
+    });
   });
 });

@@ -108,6 +108,7 @@ describe("Control", () => {
       },
       publish: (snapshot) => void published.push(snapshot),
       flowing: () => false,
+      stuck: () => false,
     });
   });
   afterEach(() => {

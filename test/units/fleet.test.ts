@@ -3,10 +3,17 @@ import assert from "node:assert/strict";
 import { afterEach, beforeEach, describe, it, mock } from "node:test";
 import fc from "fast-check";
 import type { Kind } from "../../src/config.ts";
+import type { BreakerSettings } from "../../src/core/breaker.ts";
+import { judge, SUCCESS, type Fault, type Verdict } from "../../src/core/outcome.ts";
 import type { Ticket } from "../../src/core/scheduler.ts";
+import { select } from "../../src/core/select.ts";
 import type { Backend, Health, Snapshot } from "../../src/core/snapshot.ts";
 import { Fleet, type Admission, type Permit, type Place } from "../../src/fleet/fleet.ts";
 import { aBackend, aModel, aSnapshot, aTarget } from "../support/snapshot.ts";
+
+/** Of the backend as a whole. */
+const FAILURE = judge("unreachable");
+const BREAKER: BreakerSettings = { failureThreshold: 3, resetTimeoutMs: 1000, halfOpenRequests: 1 };
 
 type BackendPlan = Partial<Omit<Backend, "id" | "kind">> & { kind?: Kind };
 /** Backends by id, and per model its slots by backend. */
@@ -35,12 +42,14 @@ class World {
   readonly fleet: Fleet;
   #tickets = 0;
 
-  constructor(plan: Plan, { maxLength = 10, upstreamLimit = Infinity } = {}) {
+  constructor(plan: Plan, { maxLength = 10, upstreamLimit = Infinity, breaker = BREAKER } = {}) {
     this.snapshot = snapshotOf(plan);
     this.fleet = new Fleet({
       now: () => this.now,
       maxLength,
       upstreamLimit,
+      breaker,
+      random: () => 0,
       apiKeyOf: (id) => (id === "a" ? "key of a" : null),
     });
     this.fleet.apply(this.snapshot);
@@ -154,7 +163,7 @@ describe("permits", () => {
     assert(first && second && third && fourth);
     assert.deepEqual([first.said, second.said, third.said], [["granted"], ["granted"], []]);
     assert.deepEqual([third.position, fourth.position], [0, 1]);
-    first.permit.release("success");
+    first.permit.release(SUCCESS);
     assert.deepEqual([third.said, fourth.said, fourth.position], [["granted"], [], 0]);
     assert.deepEqual(world.usage("a"), [2, 1]);
   });
@@ -164,9 +173,9 @@ describe("permits", () => {
     const [first, second, third] = [1, 2, 3].map(() => world.ask("a"));
     assert(first && second && third);
     const { permit } = first;
-    permit.release("success");
-    permit.release("success");
-    permit.release("failure");
+    permit.release(SUCCESS);
+    permit.release(SUCCESS);
+    permit.release(FAILURE);
     assert.deepEqual([second.said, third.said], [["granted"], []]);
     assert.deepEqual(world.usage("a"), [1, 1]);
     assert.equal(world.candidate("a")?.failedAt, null, "only the first word counts");
@@ -174,12 +183,13 @@ describe("permits", () => {
 
   it("tell of a failure, and of nothing else, when it was", () => {
     const world = new World(one);
-    for (const outcome of ["success", "ignore", "saturated"] as const) {
-      world.ask("a").permit.release(outcome);
-      assert.equal(world.candidate("a")?.failedAt, null, outcome);
+    for (const verdict of [SUCCESS, judge("rejected"), judge("ended"), judge("busy")]) {
+      world.ask("a").permit.release(verdict);
+      assert.equal(world.candidate("a")?.failedAt, null, verdict.outcome);
     }
+    world.advance(1000);
     world.now = 5000;
-    world.ask("a").permit.release("failure");
+    world.ask("a").permit.release(FAILURE);
     assert.equal(world.candidate("a")?.failedAt, 5000);
   });
 
@@ -203,7 +213,7 @@ describe("leaving", () => {
     gone.leave();
     assert.deepEqual([gone.position, next.position], [-1, 0]);
     assert.deepEqual(world.ask("a").said, [], "there is a place again");
-    running.permit.release("success");
+    running.permit.release(SUCCESS);
     assert.deepEqual([gone.said, next.said], [[], ["granted"]]);
   });
 
@@ -211,7 +221,7 @@ describe("leaving", () => {
     const world = new World(one);
     const running = world.ask("a");
     const waiting = world.ask("a");
-    running.permit.release("success");
+    running.permit.release(SUCCESS);
     assert.deepEqual(waiting.said, ["granted"]);
     waiting.leave();
     waiting.leave();
@@ -222,7 +232,7 @@ describe("leaving", () => {
   it("after the permit was given back changes nothing", () => {
     const world = new World(one);
     const first = world.ask("a");
-    first.permit.release("success");
+    first.permit.release(SUCCESS);
     const second = world.ask("a");
     first.leave();
     assert.deepEqual(world.usage("a"), [1, 0]);
@@ -282,7 +292,7 @@ describe("refusals", () => {
     assert.deepEqual(patient.said, ["refused"]);
     world.advance(100_000);
     assert.deepEqual([hasty.said.length, patient.said.length], [1, 1]);
-    running.permit.release("success");
+    running.permit.release(SUCCESS);
     assert.deepEqual(world.usage("a"), [0, 0]);
   });
 
@@ -308,9 +318,9 @@ describe("caps that reach over backends", () => {
     const waiting = world.ask("b");
     assert.deepEqual([running.said, waiting.said], [["granted"], []]);
     assert.equal(world.candidate("b")?.free, false);
-    running.permit.release("success");
+    running.permit.release(SUCCESS);
     assert.deepEqual(waiting.said, ["granted"]);
-    waiting.permit.release("success");
+    waiting.permit.release(SUCCESS);
     assert.deepEqual([world.candidate("a")?.free, world.candidate("b")?.free], [true, true]);
   });
 
@@ -339,7 +349,7 @@ describe("caps that reach over backends", () => {
     world.ask("b", "n");
     const waiting = world.ask("b", "n");
     assert.deepEqual(waiting.said, []);
-    first.permit.release("success");
+    first.permit.release(SUCCESS);
     assert.deepEqual(waiting.said, ["granted"]);
   });
 
@@ -350,7 +360,7 @@ describe("caps that reach over backends", () => {
     world.ask("a", "m");
     const waiting = world.ask("a", "n");
     assert.deepEqual(waiting.said, []);
-    first.permit.release("success");
+    first.permit.release(SUCCESS);
     assert.deepEqual(waiting.said, ["granted"]);
   });
 });
@@ -361,7 +371,7 @@ describe("choosing again", () => {
     world.ask("a");
     const other = world.ask("b");
     const [head, next] = [world.ask("a"), world.ask("a")];
-    other.permit.release("success");
+    other.permit.release(SUCCESS);
     assert.deepEqual([head.said, next.said, next.position], [["reselect"], [], 0]);
     head.enqueue("b");
     assert.deepEqual(head.said, ["reselect", "granted"]);
@@ -372,7 +382,7 @@ describe("choosing again", () => {
     world.ask("a");
     const other = world.ask("b");
     const [here, there] = [world.ask("a"), world.ask("b")];
-    other.permit.release("success");
+    other.permit.release(SUCCESS);
     assert.deepEqual([here.said, there.said], [[], ["granted"]]);
   });
 
@@ -421,7 +431,7 @@ describe("choosing again", () => {
     world.ask("c", "n");
     const other = world.ask("d", "n");
     const [vain, helped] = [world.ask("a", "m"), world.ask("c", "n")];
-    other.permit.release("success");
+    other.permit.release(SUCCESS);
     assert.deepEqual([vain.said, helped.said], [[], ["reselect"]]);
   });
 
@@ -437,7 +447,7 @@ describe("choosing again", () => {
     assert.deepEqual(older.said, ["reselect"]);
     older.enqueue("b");
     assert.deepEqual([older.position, younger.position], [0, 1]);
-    other.permit.release("success");
+    other.permit.release(SUCCESS);
     assert.deepEqual([older.said.at(-1), younger.said], ["granted", []]);
   });
 
@@ -481,7 +491,7 @@ describe("a new snapshot", () => {
     assert.deepEqual(waiting.said, ["reselect"]);
     waiting.enqueue("b");
     assert.deepEqual(waiting.said, ["reselect"], "the model's cap is still used up");
-    running.permit.release("success");
+    running.permit.release(SUCCESS);
     assert.deepEqual(waiting.said, ["reselect", "granted"]);
     assert.deepEqual(
       world.fleet.usage().map(({ backend }) => backend),
@@ -497,7 +507,7 @@ describe("a new snapshot", () => {
     world.apply({ backends: { a: { weight: 9, health: "degraded" } }, models: { m: { a: 1 } } });
     assert.deepEqual([waiting.said, waiting.position], [[], 0]);
     assert.equal(world.fleet.lastChunkAt("a"), 77);
-    running.permit.release("success");
+    running.permit.release(SUCCESS);
     assert.deepEqual(waiting.said, ["granted"]);
   });
 
@@ -514,7 +524,7 @@ describe("a new snapshot", () => {
         [connection.url, engine.kind],
         ["url" in change ? change.url : "http://a", "kind" in change ? change.kind : "openai"],
       );
-      running.permit.release("success");
+      running.permit.release(SUCCESS);
       assert.deepEqual(world.usage("a"), [1, 0], "the old one's end is not the new one's");
     });
   }
@@ -536,7 +546,15 @@ describe("candidates", () => {
     for (let each = 0; each < 3; each++) world.ask("a", "n");
     for (let each = 0; each < 2; each++) world.ask("b", "m");
     const { target: _, ...a } = world.candidate("a") ?? assert.fail();
-    assert.deepEqual(a, { health: "healthy", free: true, load: 3, weight: 3, failedAt: null });
+    assert.deepEqual(a, {
+      health: "healthy",
+      free: true,
+      load: 3,
+      weight: 3,
+      failedAt: null,
+      open: false,
+      trying: false,
+    });
     const b = world.candidate("b");
     assert.deepEqual([b?.health, b?.free, b?.load, b?.target.model], ["unknown", false, 2, "m@b"]);
   });
@@ -587,17 +605,17 @@ describe("usage", () => {
   it("has what the answers of each backend showed", () => {
     const world = new World(two);
     const answered = { at: 5, ttftMs: 40, tokensPerSecond: 10, error: null };
-    world.ask("a").permit.release("success", answered);
+    world.ask("a").permit.release(SUCCESS, answered);
     world
       .ask("a")
-      .permit.release("failure", { ...answered, ttftMs: null, error: "upstream_error" });
-    world.ask("a").permit.release("failure");
+      .permit.release(FAILURE, { ...answered, ttftMs: null, error: "upstream_error" });
+    world.ask("a").permit.release(FAILURE);
     const [a, b] = world.fleet.usage().map(({ observed }) => observed);
     assert.deepEqual(
-      [a?.ttftMs(0.5), a?.tokensPerSecond, a?.failures, a?.lastError],
-      [40, 10, 2, { at: 5, code: "upstream_error" }],
+      [a?.ttftMs(0.5), a?.tokensPerSecond, a?.lastError],
+      [40, 10, { at: 5, code: "upstream_error" }],
     );
-    assert.deepEqual([b?.ttftMs(0.5), b?.failures, b?.lastError], [null, 0, null]);
+    assert.deepEqual([b?.ttftMs(0.5), b?.lastError], [null, null]);
   });
 });
 
@@ -609,6 +627,8 @@ describe("another configuration", () => {
       now: () => 0,
       maxLength: 1,
       upstreamLimit: Infinity,
+      breaker: BREAKER,
+      random: () => 0,
       apiKeyOf: () => apiKey,
     });
     fleet.apply(snapshot);
@@ -659,14 +679,14 @@ describe("another configuration", () => {
       waiting.map(({ said }) => said),
       [[], [], []],
     );
-    running.permit.release("success");
+    running.permit.release(SUCCESS);
     assert.deepEqual(
       waiting.map(({ said }) => said),
       [["granted"], [], []],
     );
     assert.deepEqual(world.ask("a").said, ["refused"]);
-    waiting[0]?.permit.release("success");
-    waiting[1]?.permit.release("success");
+    waiting[0]?.permit.release(SUCCESS);
+    waiting[1]?.permit.release(SUCCESS);
     assert.deepEqual(world.ask("a").said, []);
   });
 });
@@ -687,10 +707,10 @@ describe("a backend that goes and comes back", () => {
     assert.equal(world.fleet.lastChunkAt("a"), 11);
     const next = world.ask("a");
     assert.deepEqual(next.said, []);
-    first.permit.release("success");
+    first.permit.release(SUCCESS);
     assert.deepEqual(next.said, ["granted"]);
-    second.permit.release("success");
-    next.permit.release("success");
+    second.permit.release(SUCCESS);
+    next.permit.release(SUCCESS);
     assert.deepEqual(world.usage("a"), [0, 0]);
   });
 
@@ -702,7 +722,7 @@ describe("a backend that goes and comes back", () => {
     }
     assert.deepEqual(world.usage("a"), [1, 0]);
     assert.deepEqual(world.ask("a").said, []);
-    running.permit.release("success");
+    running.permit.release(SUCCESS);
     assert.deepEqual(world.usage("a"), [1, 0]);
   });
 
@@ -716,7 +736,7 @@ describe("a backend that goes and comes back", () => {
     assert.deepEqual(world.ask("a").said, ["granted"]);
     world.apply(one);
     assert.deepEqual([world.usage("a"), world.fleet.lastChunkAt("a")], [[1, 0], 3]);
-    running.permit.release("success");
+    running.permit.release(SUCCESS);
     world.apply(none);
     world.apply(one);
     assert.equal(world.fleet.lastChunkAt("a"), -Infinity, "nothing ran: it starts afresh");
@@ -730,7 +750,7 @@ describe("a backend that goes and comes back", () => {
     world.apply({ backends: { b: {} }, models: { m: { b: 2 } }, caps: { m: 1 } });
     const waiting = world.ask("b");
     assert.deepEqual(waiting.said, []);
-    running.permit.release("success");
+    running.permit.release(SUCCESS);
     assert.deepEqual(waiting.said, ["granted"]);
   });
 
@@ -740,9 +760,401 @@ describe("a backend that goes and comes back", () => {
     const running = world.ask("a");
     world.apply(none);
     assert.equal(world.fleet.creditOf("m"), credit, "something of it still runs");
-    running.permit.release("success");
+    running.permit.release(SUCCESS);
     world.apply(none);
     assert.notEqual(world.fleet.creditOf("m"), credit);
+  });
+});
+
+describe("a breaker", () => {
+  const fail = (world: World, backend: string, times: number, verdict = FAILURE, model = "m") => {
+    for (let each = 0; each < times; each++) world.ask(backend, model).permit.release(verdict);
+  };
+  const stateOf = (world: World, backend: string, model: string | null = null) =>
+    world.fleet
+      .breakers()
+      .find((each) => each.backend === backend && each.model === (model ?? null))?.state;
+  const pick = (world: World, name = "m") => {
+    const model = world.snapshot.models.find((each) => each.name === name);
+    assert(model !== undefined);
+    const selection = select(world.fleet.candidates(world.snapshot, model), new Map());
+    return selection === null ? null : [selection.target.backend, selection.reason];
+  };
+
+  it("opens after failures in a row, not before, and not where a success comes between", () => {
+    const world = new World(two);
+    fail(world, "a", 2);
+    fail(world, "a", 1, SUCCESS);
+    fail(world, "a", 2);
+    assert.deepEqual([stateOf(world, "a"), world.candidate("a")?.open], ["closed", false]);
+    fail(world, "a", 1);
+    assert.deepEqual([stateOf(world, "a"), world.candidate("a")?.open], ["open", true]);
+    assert.deepEqual([stateOf(world, "b"), world.candidate("b")?.open], ["closed", false]);
+    assert.deepEqual(pick(world), ["b", "only"]);
+  });
+
+  it("that opens sends who waits there to the others, before its slot comes free", () => {
+    const world = new World(two);
+    fail(world, "a", 2);
+    world.ask("b");
+    const running = world.ask("a");
+    const waiting = [world.ask("a"), world.ask("a")];
+    running.permit.release(FAILURE);
+    assert.deepEqual(
+      waiting.map(({ said }) => said),
+      [["reselect"], ["reselect"]],
+    );
+    assert.deepEqual(world.usage("a"), [0, 0], "none of them was started there");
+    assert.deepEqual(pick(world), ["b", "only"]);
+    for (const each of waiting) each.enqueue("b");
+    assert.deepEqual(
+      waiting.map(({ position }) => position),
+      [0, 1],
+    );
+  });
+
+  it("keeps who waits elsewhere from coming, though there is room", () => {
+    const world = new World(two);
+    fail(world, "a", 3);
+    const running = world.ask("b");
+    const waiting = world.ask("b");
+    assert.equal(world.candidate("a")?.free, true);
+    world.advance(5000);
+    world.apply(two);
+    assert.deepEqual(waiting.said, [], "a trial is for who comes, not for who waits");
+    running.permit.release(SUCCESS);
+    assert.deepEqual(waiting.said, ["granted"]);
+  });
+
+  it("of one model leaves the others alone, in the queue as well", () => {
+    const models = { m: { a: 1, b: 1 }, n: { a: 1 } };
+    const world = new World({ ...two, models });
+    const broken = judge("server_error");
+    fail(world, "a", 2, broken);
+    const [m, n] = [world.ask("a", "m"), world.ask("a", "n")];
+    const [waitsM, waitsN] = [world.ask("a", "m"), world.ask("a", "n")];
+    m.permit.release(broken);
+    assert.deepEqual([waitsM.said, waitsN.said, waitsN.position], [["reselect"], [], 0]);
+    assert.deepEqual(
+      [stateOf(world, "a"), stateOf(world, "a", "m"), stateOf(world, "a", "n")],
+      ["closed", "open", "closed"],
+    );
+    assert.deepEqual([pick(world, "m"), pick(world, "n")?.[0]], [["b", "only"], "a"]);
+    n.permit.release(SUCCESS);
+    assert.deepEqual(waitsN.said, ["granted"]);
+  });
+
+  it("of a backend closes it for all its models", () => {
+    const models = { m: { a: 1, b: 1 }, n: { a: 1, b: 1 } };
+    const world = new World({ ...two, models });
+    fail(world, "a", 2, FAILURE, "m");
+    world.ask("a", "n");
+    const waits = world.ask("a", "n");
+    fail(world, "a", 1, FAILURE, "m");
+    assert.deepEqual(waits.said, ["reselect"]);
+    assert.deepEqual(
+      [world.candidate("a", "m")?.open, world.candidate("a", "n")?.open],
+      [true, true],
+    );
+  });
+
+  for (const halfOpenRequests of [1, 2]) {
+    it(`lets ${halfOpenRequests} at once try when its time is over, and none of them waits`, () => {
+      const breaker = { ...BREAKER, halfOpenRequests };
+      const world = new World({ ...two, models: { m: { a: 3, b: 1 } } }, { breaker });
+      fail(world, "a", 3);
+      world.advance(999);
+      assert.equal(world.candidate("a")?.open, true);
+      world.advance(1);
+      for (let each = 0; each < halfOpenRequests; each++) {
+        const { open, trying } = world.candidate("a") ?? assert.fail();
+        assert.deepEqual([open, trying], [false, each > 0]);
+        assert.deepEqual(world.ask("a").said, ["granted"]);
+      }
+      assert.equal(stateOf(world, "a"), "half_open");
+      const { open, trying, free } = world.candidate("a") ?? assert.fail();
+      assert.deepEqual([open, trying, free], [true, true, true]);
+      assert.deepEqual(pick(world), ["b", "only"]);
+    });
+  }
+
+  it("lets nobody try who would have to wait for it", () => {
+    const world = new World({ ...two, models: { m: { a: 2, b: 1 } } });
+    const long = world.ask("a");
+    fail(world, "a", 3);
+    world.advance(1000);
+    assert.equal(world.candidate("a")?.open, false);
+    const trial = world.ask("a");
+    assert.deepEqual(trial.said, ["granted"]);
+    trial.permit.release(judge("ended"));
+    const other = world.ask("a");
+    assert.equal(stateOf(world, "a"), "half_open");
+    other.permit.release(judge("busy"));
+    assert.deepEqual(
+      [world.candidate("a")?.free, world.candidate("a")?.open],
+      [false, true],
+      "held: it is not free",
+    );
+    world.advance(1000);
+    assert.equal(world.candidate("a")?.open, false);
+    long.permit.release(SUCCESS);
+  });
+
+  it("closes on probation when the answer to a trial begins, before its end", () => {
+    const world = new World({ ...one, models: { m: { a: 3 } } });
+    fail(world, "a", 3);
+    world.advance(1000);
+    const { permit } = world.ask("a");
+    assert.equal(world.candidate("a")?.open, true);
+    permit.proved();
+    const { open, trying } = world.candidate("a") ?? assert.fail();
+    assert.deepEqual([open, trying, stateOf(world, "a")], [false, false, "closed"]);
+    assert.deepEqual(world.ask("a").said, ["granted"]);
+    permit.proved();
+    permit.release(judge("incomplete"));
+    assert.equal(stateOf(world, "a"), "open", "the next failure is enough");
+    assert.equal(world.fleet.triedAgainIn(world.snapshot.models[0] ?? assert.fail()), 2000);
+  });
+
+  it("drops what comes of a request that began before it opened", () => {
+    const world = new World({ ...one, models: { m: { a: 9 } } });
+    const early = [1, 2, 3, 4, 5].map(() => world.ask("a"));
+    fail(world, "a", 3);
+    world.advance(500);
+    early[0]?.permit.release(FAILURE);
+    early[1]?.permit.release(SUCCESS);
+    assert.equal(stateOf(world, "a"), "open", "a late success closes nothing");
+    world.advance(500);
+    assert.equal(world.candidate("a")?.open, false, "nor does a late failure prolong it");
+    const trial = world.ask("a");
+    early[2]?.permit.release(FAILURE);
+    assert.equal(stateOf(world, "a"), "half_open");
+    trial.permit.release(SUCCESS);
+    early[3]?.permit.release(FAILURE);
+    early[4]?.permit.release(FAILURE);
+    assert.deepEqual(world.fleet.breakerOf("a"), { state: "closed", failures: 0, untilAt: null });
+  });
+
+  it("gives a trial's place to the next when its client leaves, without a verdict", () => {
+    for (const leave of [
+      (trial: Asking) => trial.permit.release(judge("ended")),
+      (trial: Asking) => trial.leave(),
+    ]) {
+      const world = new World({ ...one, models: { m: { a: 2 } } });
+      fail(world, "a", 3);
+      world.advance(1000);
+      for (let each = 0; each < 50; each++) {
+        const trial = world.ask("a");
+        assert.equal(world.candidate("a")?.open, true);
+        leave(trial);
+        const { open, trying } = world.candidate("a") ?? assert.fail();
+        assert.deepEqual([open, trying, stateOf(world, "a")], [false, false, "half_open"]);
+      }
+      world.ask("a").permit.release(SUCCESS);
+      assert.equal(stateOf(world, "a"), "closed");
+    }
+  });
+
+  it("is tried at once when a probe succeeds after it had failed", () => {
+    for (const health of ["unhealthy", "degraded"] as const) {
+      const world = new World(two);
+      fail(world, "a", 3);
+      world.apply(two);
+      assert.equal(world.candidate("a")?.open, true, "it was healthy before: that is no news");
+      world.apply({ ...two, backends: { a: { health }, b: {} } });
+      assert.equal(world.candidate("a")?.open, true);
+      world.apply(two);
+      assert.equal(world.candidate("a")?.open, false);
+      assert.equal(world.fleet.triedAgainIn(world.snapshot.models[0] ?? assert.fail()), 0);
+      assert.deepEqual(world.ask("a").said, ["granted"]);
+      assert.equal(world.candidate("a")?.open, true, "one at a time");
+    }
+  });
+
+  it("of a model is tried at once then, too", () => {
+    const world = new World(two);
+    fail(world, "a", 3, judge("server_error"));
+    world.apply({ ...two, backends: { a: { health: "degraded" }, b: {} } });
+    assert.equal(world.candidate("a")?.open, true);
+    world.apply(two);
+    assert.equal(world.candidate("a")?.open, false);
+  });
+
+  it("stays as it is through new snapshots, for as long as the backend does", () => {
+    const world = new World(two);
+    fail(world, "a", 3);
+    world.apply({ ...two, backends: { a: { weight: 3, concurrency: 7 }, b: {} } });
+    world.apply({ ...two, models: { m: { a: 5, b: 1 }, n: { a: 1 } } });
+    assert.deepEqual([stateOf(world, "a"), world.candidate("a", "n")?.open], ["open", true]);
+    world.advance(1000);
+    const trial = world.ask("a");
+    world.apply({ backends: { b: {} }, models: { m: { b: 1 } } });
+    world.apply(two);
+    assert.deepEqual(
+      [stateOf(world, "a"), world.candidate("a")?.trying],
+      ["half_open", true],
+      "gone and back while its trial runs",
+    );
+    trial.permit.release(FAILURE);
+    assert.equal(world.fleet.triedAgainIn(world.snapshot.models[0] ?? assert.fail()), 2000);
+    world.apply({ ...two, backends: { a: { url: "http://elsewhere" }, b: {} } });
+    assert.equal(stateOf(world, "a"), "closed", "at another place it is another one");
+  });
+
+  it("keeps a hold, too, while the backend is away and something still runs there", () => {
+    const world = new World({ ...one, models: { m: { a: 2 } } });
+    const running = world.ask("a");
+    world.ask("a").permit.release(judge("busy"));
+    world.apply({ backends: {}, models: {} });
+    world.apply({ ...one, models: { m: { a: 2 } } });
+    assert.equal(world.candidate("a")?.free, false);
+    world.advance(1000);
+    assert.equal(world.candidate("a")?.free, true);
+    running.permit.release(SUCCESS);
+  });
+
+  it("follows a reload at its next decision", () => {
+    const world = new World({ ...one, models: { m: { a: 4 } } });
+    fail(world, "a", 2);
+    world.fleet.breaker = { failureThreshold: 5, resetTimeoutMs: 50, halfOpenRequests: 2 };
+    fail(world, "a", 2);
+    assert.equal(stateOf(world, "a"), "closed");
+    fail(world, "a", 1);
+    assert.equal(world.fleet.triedAgainIn(world.snapshot.models[0] ?? assert.fail()), 50);
+    world.advance(50);
+    world.ask("a");
+    assert.equal(world.candidate("a")?.open, false);
+    world.ask("a");
+    assert.equal(world.candidate("a")?.open, true);
+  });
+
+  it("tells when the first of a model's open backends is tried again; null where none is open", () => {
+    const world = new World({ backends: { a: {}, b: {}, c: {} }, models: { m: { a: 1, b: 1 } } });
+    const model = world.snapshot.models[0] ?? assert.fail();
+    assert.equal(world.fleet.triedAgainIn(model), null);
+    fail(world, "a", 3);
+    world.advance(300);
+    assert.equal(world.fleet.triedAgainIn(model), 700);
+    fail(world, "b", 3);
+    assert.equal(world.fleet.triedAgainIn(model), 700);
+    world.advance(900);
+    assert.equal(world.fleet.triedAgainIn(model), 0, "never in the past");
+  });
+
+  it("is told of by its state, its failures, and until when it is open", () => {
+    const world = new World(one);
+    assert.deepEqual(world.fleet.breakerOf("a"), { state: "closed", failures: 0, untilAt: null });
+    assert.deepEqual(world.fleet.breakerOf("nobody"), {
+      state: "closed",
+      failures: 0,
+      untilAt: null,
+    });
+    fail(world, "a", 2);
+    assert.equal(world.fleet.breakerOf("a").failures, 2);
+    fail(world, "a", 1);
+    const before = Date.now();
+    const { state, failures, untilAt } = world.fleet.breakerOf("a");
+    assert.deepEqual([state, failures], ["open", 3]);
+    assert(untilAt !== null && untilAt >= before + 1000 && untilAt <= Date.now() + 1001);
+    world.advance(1000);
+    world.ask("a");
+    assert.deepEqual(world.fleet.breakerOf("a"), { state: "half_open", failures: 3, untilAt: null });
+  });
+
+  it("lets one at a time try where nothing else is left, also before its time", () => {
+    const world = new World({ ...two, models: { m: { a: 2, b: 2 } } });
+    fail(world, "b", 3);
+    world.advance(10);
+    fail(world, "a", 3);
+    assert.deepEqual(pick(world), ["b", "trial"]);
+    const trial = world.ask("b");
+    assert.equal(pick(world), null);
+    world.advance(10);
+    trial.permit.release(FAILURE);
+    assert.deepEqual(pick(world), ["a", "trial"], "b has failed more recently");
+    const other = world.ask("a");
+    assert.equal(pick(world), null);
+    other.permit.proved();
+    assert.deepEqual(pick(world), ["a", "only"]);
+  });
+
+  it("counts a request to an unhealthy backend as the one trial, whatever its breaker", () => {
+    const world = new World({ ...two, backends: { a: { health: "unhealthy" }, b: {} } });
+    const trial = world.ask("a");
+    assert.equal(world.candidate("a")?.trying, true);
+    trial.permit.proved();
+    assert.equal(world.candidate("a")?.trying, false);
+    trial.permit.release(SUCCESS);
+    assert.equal(world.candidate("a")?.trying, false);
+  });
+});
+
+describe("an engine that is busy", () => {
+  const busy = judge("busy");
+
+  it("gets nothing more for a second, and that counts for nothing", () => {
+    const world = new World({ ...two, models: { m: { a: 2, b: 2 } } });
+    for (let each = 0; each < 10; each++) world.ask("a").permit.release(busy);
+    const { state, failures } = world.fleet.breakerOf("a");
+    assert.deepEqual([state, failures], ["closed", 0]);
+    const { free, open, failedAt } = world.candidate("a") ?? assert.fail();
+    assert.deepEqual([free, open, failedAt], [false, false, null]);
+    assert.equal(world.candidate("b")?.free, true);
+    world.advance(999);
+    assert.equal(world.candidate("a")?.free, false);
+    world.advance(1);
+    assert.equal(world.candidate("a")?.free, true);
+  });
+
+  it("sends who waits there where there is room; where there is none they wait for its time", () => {
+    const world = new World(two);
+    const [running, other] = [world.ask("a"), world.ask("b")];
+    const waiting = [world.ask("a"), world.ask("a")];
+    running.permit.release(busy);
+    assert.deepEqual(waiting[0]?.said, [], "nobody follows at once");
+    other.permit.release(SUCCESS);
+    assert.deepEqual(waiting[0]?.said, ["reselect"]);
+    waiting[0]?.enqueue("b");
+    assert.deepEqual(waiting[0]?.said, ["reselect", "granted"]);
+    world.advance(999);
+    assert.deepEqual(waiting[1]?.said, []);
+    world.advance(1);
+    assert.deepEqual(waiting[1]?.said, ["granted"]);
+  });
+
+  it("is tried before its time when one of its requests ends", () => {
+    const world = new World({ ...one, models: { m: { a: 2 } } });
+    const [running, back] = [world.ask("a"), world.ask("a")];
+    const waits = world.ask("a");
+    back.permit.release(busy);
+    assert.deepEqual([waits.said, world.usage("a")], [[], [1, 1]]);
+    running.permit.release(SUCCESS);
+    assert.deepEqual(waits.said, ["granted"]);
+  });
+
+  it("is held anew by each that it sends back", () => {
+    const world = new World({ ...one, models: { m: { a: 2 } } });
+    const [first, second] = [world.ask("a"), world.ask("a")];
+    const waits = world.ask("a");
+    first.permit.release(busy);
+    world.advance(600);
+    second.permit.release(busy);
+    world.advance(600);
+    assert.deepEqual(waits.said, []);
+    world.advance(400);
+    assert.deepEqual(waits.said, ["granted"]);
+  });
+
+  it("lets those who wait for it expire in time", () => {
+    const world = new World(one);
+    const running = world.ask("a");
+    const hasty = world.ask("a", "m", 300);
+    const patient = world.ask("a", "m", 5000);
+    running.permit.release(busy);
+    world.advance(300);
+    assert.deepEqual([hasty.said, patient.said], [["refused"], []]);
+    world.advance(700);
+    assert.deepEqual(patient.said, ["granted"]);
   });
 });
 
@@ -859,7 +1271,7 @@ class Drive {
       case "release": {
         const each = this.running[step.pick % Math.max(1, this.running.length)];
         if (each === undefined) break;
-        each.permit.release("success");
+        each.permit.release(SUCCESS);
         this.end(each);
         break;
       }
@@ -1030,6 +1442,299 @@ describe("any order of requests and snapshots", () => {
         assert.equal(all.filter(({ said }) => said[0] === "granted").length, 4);
       }),
       { numRuns: 100 },
+    );
+  });
+});
+
+/*
+ * Any order of verdicts, too: driven as the data plane does, through selection. The books are kept
+ * from what the fleet says of its breakers, and from who was granted what.
+ */
+
+const FAULTS: Fault[] = [
+  "unreachable",
+  "unreachable",
+  "server_error",
+  "server_error",
+  "busy",
+  "incomplete",
+  "timeout",
+  "rejected",
+  "unsupported",
+  "ended",
+];
+const anyVerdict: fc.Arbitrary<Verdict> = fc.constantFrom(
+  SUCCESS,
+  SUCCESS,
+  ...FAULTS.map((each) => judge(each)),
+);
+const guardedStep = fc.oneof(
+  {
+    weight: 8,
+    arbitrary: fc.record({
+      type: fc.constant("ask" as const),
+      model: fc.constantFrom(...MODELS),
+      patience: fc.nat({ max: 5000 }),
+    }),
+  },
+  {
+    weight: 8,
+    arbitrary: fc.record({
+      type: fc.constant("release" as const),
+      pick: nat,
+      verdict: anyVerdict,
+      // The same again and again opens a breaker.
+      times: fc.integer({ min: 1, max: 3 }),
+    }),
+  },
+  { weight: 3, arbitrary: fc.record({ type: fc.constant("prove" as const), pick: nat }) },
+  { weight: 2, arbitrary: fc.record({ type: fc.constant("leave" as const), pick: nat }) },
+  {
+    weight: 3,
+    arbitrary: fc.record({ type: fc.constant("advance" as const), by: fc.nat({ max: 1500 }) }),
+  },
+  { weight: 2, arbitrary: fc.record({ type: fc.constant("apply" as const), plan: anyPlan }) },
+  {
+    weight: 1,
+    arbitrary: fc.record({
+      type: fc.constant("reload" as const),
+      failureThreshold: fc.integer({ min: 1, max: 3 }),
+      resetTimeoutMs: fc.integer({ min: 1, max: 2000 }),
+    }),
+  },
+);
+type GuardedStep = typeof guardedStep extends fc.Arbitrary<infer Each> ? Each : never;
+
+/** Who tries what, by "backend" and "backend model". */
+type Trials = Map<string, Set<Asking>>;
+
+class Guarded {
+  readonly world: World;
+  readonly breaker: BreakerSettings;
+  asking: Asking[] = [];
+  running: Asking[] = [];
+  readonly ended = new Map<Asking, number>();
+  readonly #trials: Trials = new Map();
+
+  constructor(halfOpenRequests: number) {
+    this.breaker = { failureThreshold: 2, resetTimeoutMs: 500, halfOpenRequests };
+    const open = { a: 3, b: 2 };
+    const plan = { backends: { a: {}, b: {} }, models: { m: open, n: open } };
+    const limits = { maxLength: 4, upstreamLimit: 6, breaker: this.breaker };
+    this.world = new World(plan, limits);
+  }
+
+  take(step: GuardedStep): void {
+    const { world } = this;
+    switch (step.type) {
+      case "ask":
+        this.#choose(step.model, (backend) => world.ask(backend, step.model, step.patience));
+        break;
+      case "release":
+        for (let each = 0; each < step.times; each++) this.#release(step.pick, step.verdict);
+        break;
+      case "prove":
+        this.running[step.pick % Math.max(1, this.running.length)]?.permit.proved();
+        break;
+      case "leave": {
+        const all = [...this.asking, ...this.running];
+        const each = all[step.pick % Math.max(1, all.length)];
+        if (each !== undefined) this.#end(each);
+        break;
+      }
+      case "advance":
+        world.advance(step.by);
+        break;
+      case "apply":
+        world.apply(step.plan);
+        break;
+      case "reload": {
+        const { type: _, ...more } = step;
+        world.fleet.breaker = { ...this.breaker, ...more };
+      }
+    }
+    this.#sync();
+    this.settle();
+  }
+
+  #release(pick: number, verdict: Verdict): void {
+    const each = this.running[pick % Math.max(1, this.running.length)];
+    if (each === undefined) return;
+    each.permit.release(verdict);
+    this.#end(each);
+    this.#sync();
+    this.settle();
+  }
+
+  #end(each: Asking): void {
+    this.asking = this.asking.filter((other) => other !== each);
+    this.running = this.running.filter((other) => other !== each);
+    each.leave();
+    this.ended.set(each, each.decisions.length);
+    this.#sync();
+  }
+
+  /** Sends a request where selection says; it is not begun where there is nowhere to go. */
+  #choose(name: string, send: (backend: string) => Asking): boolean {
+    const { snapshot, fleet } = this.world;
+    const model = snapshot.models.find((each) => each.name === name);
+    const candidates = model === undefined ? [] : fleet.candidates(snapshot, model);
+    const selection = select(candidates, fleet.creditOf(name));
+    if (selection === null) return false;
+    const { backend } = selection.target;
+    const chosen = candidates.find(({ target }) => target.backend === backend);
+    const isTrial =
+      selection.reason === "trial" || this.#states(backend, name).some((each) => each !== "closed");
+    const asking = send(backend);
+    this.#note(asking, backend, name);
+    if (!this.asking.includes(asking)) this.asking.push(asking);
+    if (isTrial) {
+      assert.equal(asking.said.at(-1), "granted", "a trial starts at once");
+      assert.equal(chosen?.free, true);
+    }
+    return true;
+  }
+
+  #states(backend: string, model: string) {
+    return this.world.fleet
+      .breakers()
+      .filter((each) => each.backend === backend && [null, model].includes(each.model))
+      .map(({ state }) => state);
+  }
+
+  /** Books a grant that made a breaker half-open, or came while it was. */
+  #note(asking: Asking, backend: string, model: string): void {
+    if (asking.said.at(-1) !== "granted") return;
+    const [ofBackend, ofModel] = this.#states(backend, model);
+    for (const [key, state] of [
+      [backend, ofBackend],
+      [`${backend} ${model}`, ofModel],
+    ] as const) {
+      if (state !== "half_open") continue;
+      const trials = this.#trials.get(key) ?? new Set();
+      trials.add(asking);
+      this.#trials.set(key, trials);
+    }
+    this.#sync();
+  }
+
+  /** A transition ends all trials. */
+  #sync(): void {
+    const states = new Map(
+      this.world.fleet
+        .breakers()
+        .map(({ backend, model, state }) => [
+          model === null ? backend : `${backend} ${model}`,
+          state,
+        ]),
+    );
+    for (const [key, trials] of this.#trials) {
+      for (const each of trials) if (this.ended.has(each)) trials.delete(each);
+      if (states.get(key) !== "half_open") trials.clear();
+      assert(
+        trials.size <= this.breaker.halfOpenRequests,
+        `${trials.size} try ${key}, ${this.breaker.halfOpenRequests} may`,
+      );
+    }
+  }
+
+  settle(): void {
+    for (let rounds = 0; ; rounds++) {
+      assert(rounds < 100, "chooses again for ever");
+      if (!this.asking.some((each) => this.#act(each))) return;
+    }
+  }
+
+  #act(each: Asking): boolean {
+    assert(each.decisions.length <= each.places.length, "one decision per place");
+    const decision = each.decisions[each.places.length - 1];
+    if (decision === undefined) return false;
+    if (decision.type === "granted") {
+      this.asking = this.asking.filter((other) => other !== each);
+      this.running.push(each);
+    } else if (decision.type === "refused") {
+      this.#end(each);
+    } else {
+      const again = (backend: string) => {
+        each.enqueue(backend);
+        return each;
+      };
+      if (!this.#choose(each.ticket.model, again)) this.#end(each);
+    }
+    return true;
+  }
+
+  check(): void {
+    const { fleet } = this.world;
+    for (const [each, count] of this.ended) {
+      assert.equal(each.decisions.length, count, "told something after its end");
+    }
+    const usage = fleet.usage();
+    const waiting = usage.reduce((sum, each) => sum + each.waiting, 0);
+    assert.equal(waiting, this.asking.length, "the queues hold who waits, and nobody else");
+    for (const { backend, model, state } of fleet.breakers()) {
+      if (state === "closed") continue;
+      const models = usage.find((each) => each.backend === backend)?.models ?? [];
+      for (const each of models) {
+        if (model !== null && model !== each.model) continue;
+        assert.equal(each.waiting, 0, `somebody waits for ${each.model} at ${backend}: ${state}`);
+      }
+    }
+  }
+
+  /** Ends all that runs, as often as that starts another. */
+  drain(): void {
+    for (let rounds = 0; this.running.length > 0; rounds++) {
+      assert(rounds < 1000, "never comes to rest");
+      this.take({ type: "release", pick: 0, verdict: judge("ended"), times: 1 });
+    }
+  }
+}
+
+const guardedSteps = fc.array(guardedStep, { maxLength: 80, size: "max" });
+
+describe("any order of verdicts and snapshots", () => {
+  it("never has more trials than may be, none that waits, and comes to rest with nothing held", () => {
+    fc.assert(
+      fc.property(fc.integer({ min: 1, max: 3 }), guardedSteps, (halfOpenRequests, steps) => {
+        const driven = new Guarded(halfOpenRequests);
+        for (const step of steps) {
+          driven.take(step);
+          driven.check();
+        }
+        driven.drain();
+        driven.world.advance(6000);
+        driven.take({ type: "advance", by: 0 });
+        driven.drain();
+        driven.check();
+        assert.deepEqual([driven.asking, driven.running], [[], []]);
+        const { world } = driven;
+        for (const { running, waiting, models } of world.fleet.usage()) {
+          assert.deepEqual([running, waiting], [0, 0]);
+          for (const each of models) assert.deepEqual([each.running, each.waiting], [0, 0]);
+        }
+        // However it stands with its breakers, one good trial each is enough.
+        const open = { a: 2, b: 2, c: 2 };
+        const health = "healthy" as const;
+        const backends = { a: { health }, b: { health }, c: { health } };
+        world.apply({ backends, models: { m: open, n: open } });
+        world.fleet.breaker = driven.breaker;
+        world.advance(20_000);
+        for (const id of BACKENDS) {
+          for (const model of MODELS) {
+            const { open: isOpen, trying, load, free } = world.candidate(id, model) ?? {};
+            assert.deepEqual([isOpen, trying, load, free], [false, false, 0, true], id);
+            world.ask(id, model).permit.release(SUCCESS);
+          }
+        }
+        assert(world.fleet.breakers().every(({ state }) => state === "closed"));
+        const all = BACKENDS.flatMap((id) =>
+          MODELS.flatMap((model) => [world.ask(id, model), world.ask(id, model)]),
+        );
+        const granted = all.filter(({ said }) => said[0] === "granted").length;
+        assert.equal(granted, 6, "the process's cap has come back as well");
+      }),
+      { numRuns: 400 },
     );
   });
 });

@@ -21,6 +21,7 @@ function metrics(gauges: Partial<Gauges> = {}, labels: readonly MetricLabel[] = 
     usage: () => [],
     running: () => [],
     heldBytes: () => 0,
+    breakers: () => [],
     reloaded: () => true,
   };
   return new Metrics(
@@ -90,6 +91,7 @@ describe("what there is", () => {
     tidegate_slots: "gauge",
     tidegate_slots_in_use: "gauge",
     tidegate_backend_health: "gauge",
+    tidegate_breaker_state: "gauge",
     tidegate_model_residency: "gauge",
     tidegate_config_reloads_total: "counter",
     tidegate_config_last_reload_success: "gauge",
@@ -312,6 +314,25 @@ describe("gauges", () => {
       'backend_id="b1",state="unhealthy"',
       'backend_id="b2",state="degraded"',
       'backend_id="b3",state="unknown"',
+    ]);
+    assert(Object.values(seen).every((value) => value === 0 || value === 1));
+  });
+
+  it("show every breaker, state by state, that of a whole backend with no model", async () => {
+    const made = metrics({
+      breakers: () => [
+        { backend: "a", model: null, state: "open" },
+        { backend: "a", model: "m", state: "closed" },
+        { backend: "b", model: "m", state: "half_open" },
+      ],
+    });
+    const seen = await samples(made, "tidegate_breaker_state");
+    assert.equal(Object.keys(seen).length, 9);
+    const ones = Object.entries(seen).filter(([, value]) => value === 1);
+    assert.deepEqual(ones.map(([labels]) => labels).toSorted(), [
+      'backend_id="a",model="m",state="closed"',
+      'backend_id="a",model="none",state="open"',
+      'backend_id="b",model="m",state="half_open"',
     ]);
     assert(Object.values(seen).every((value) => value === 0 || value === 1));
   });

@@ -1,4 +1,4 @@
-/** What the answers of one backend have shown: percentiles, speed, failures. */
+/** What the answers of one backend have shown: percentiles, speed, the last error. */
 import assert from "node:assert/strict";
 import { describe, it } from "node:test";
 import fc from "fast-check";
@@ -10,15 +10,15 @@ function answered(more: Partial<Answered> = {}): Answered {
 
 function afterTtfts(ttfts: readonly number[]): Observed {
   const observed = new Observed();
-  for (const ttftMs of ttfts) observed.add("success", answered({ ttftMs }));
+  for (const ttftMs of ttfts) observed.add(answered({ ttftMs }));
   return observed;
 }
 
 describe("ttft", () => {
   it("is null before the first stream, however many answers there were", () => {
     const observed = new Observed();
-    observed.add("success", null);
-    observed.add("success", answered({ tokensPerSecond: 3 }));
+    observed.add(answered());
+    observed.add(answered({ tokensPerSecond: 3 }));
     assert.equal(observed.ttftMs(0.5), null);
   });
 
@@ -52,32 +52,22 @@ describe("speed", () => {
   it("begins with the first answer and follows the next by a fifth", () => {
     const observed = new Observed();
     assert.equal(observed.tokensPerSecond, null);
-    observed.add("success", answered({ tokensPerSecond: 100 }));
+    observed.add(answered({ tokensPerSecond: 100 }));
     assert.equal(observed.tokensPerSecond, 100);
-    observed.add("success", answered({ tokensPerSecond: 50 }));
+    observed.add(answered({ tokensPerSecond: 50 }));
     assert.equal(observed.tokensPerSecond, 90);
-    observed.add("success", answered());
+    observed.add(answered());
     assert.equal(observed.tokensPerSecond, 90, "an answer without one changes nothing");
   });
 });
 
-describe("failures", () => {
-  it("are those in a row; what is neither success nor failure does not end the row", () => {
-    const observed = new Observed();
-    for (const outcome of ["failure", "failure", "ignore", "saturated", "failure"] as const) {
-      observed.add(outcome, null);
-    }
-    assert.equal(observed.failures, 3);
-    observed.add("success", null);
-    assert.equal(observed.failures, 0);
-  });
-
-  it("are remembered by the last error, also after a success", () => {
+describe("the last error", () => {
+  it("is none at first, and is remembered after a success", () => {
     const observed = new Observed();
     assert.equal(observed.lastError, null);
-    observed.add("failure", answered({ at: 5, error: "upstream_timeout" }));
-    observed.add("saturated", answered({ at: 7, error: "rate_limit_exceeded" }));
-    observed.add("success", answered({ at: 9 }));
+    observed.add(answered({ at: 5, error: "upstream_timeout" }));
+    observed.add(answered({ at: 7, error: "rate_limit_exceeded" }));
+    observed.add(answered({ at: 9 }));
     assert.deepEqual(observed.lastError, { at: 7, code: "rate_limit_exceeded" });
   });
 });

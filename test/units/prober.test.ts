@@ -64,6 +64,7 @@ interface Watch {
   /** As a first look before this one: these need no probe now. */
   looked: Map<string, Seen>;
   flows: boolean;
+  stuck: boolean;
   askedFlowing: [string, number][];
 }
 
@@ -78,6 +79,7 @@ function watch(clock: { now: number } = { now: 0 }, random = 0): Watch {
     seen: new Map(),
     looked: new Map(),
     flows: false,
+    stuck: false,
     askedFlowing: [],
     configure: (...backends) => watched.prober.configure(backendsOf(backends), watched.looked),
     last() {
@@ -94,6 +96,7 @@ function watch(clock: { now: number } = { now: 0 }, random = 0): Watch {
         watched.askedFlowing.push([id, withinMs]);
         return watched.flows;
       },
+      stuck: () => watched.stuck,
       now: () => clock.now,
       random: () => random,
     }),
@@ -224,6 +227,16 @@ describe("health", () => {
     watched.flows = false;
     assert.equal(await watched.prober.check("b0"), false);
     assert.equal(watched.last()[0], "degraded");
+  });
+
+  it("falls while its streams stand still, however well it answers, and rises when they do not", async () => {
+    const watched = openai();
+    for (const health of ["healthy", "degraded", "unhealthy", "healthy"] as const) {
+      watched.stuck = health === "degraded" || health === "unhealthy";
+      assert.equal(await watched.prober.check("b0"), true);
+      assert.equal(watched.last()[0], health);
+      if (watched.stuck) assert.match(String(watched.last()[1]), /stand still/);
+    }
   });
 
   it("falls when nobody listens any more, whatever flowed a moment ago", async () => {
