@@ -64,6 +64,11 @@ export default defineConfig({
   //   graceMs: 30_000, // then for running answers
   // },
   // auth: { keys: [{ key: "${MY_KEY}" }, { hash: "sha256:…" }] },
+  // circuitBreaker: {
+  //   failureThreshold: 3, // failures in a row after which a backend, or a model on it, is left alone
+  //   resetTimeoutMs: 10_000, // for so long, doubled each time up to 8 ×
+  //   halfOpenRequests: 1, // at once, then, to find out whether it works again
+  // },
   // metrics: {
   //   enabled: true,
   //   endpoint: "/metrics",

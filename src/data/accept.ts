@@ -66,28 +66,26 @@ async function read(exchange: Exchange, request: Request, plane: Plane): Promise
     plane.heldBytes -= held;
     held = 0;
   });
-  if (declared > 0) {
-    hold(declared);
-    const bytes = new Uint8Array(await bytesOf(request));
-    return { bytes, keys: [], drop };
-  }
+  // Held as they come: a length that is only promised takes no room from others.
   const reader = request.body?.getReader();
   const stop = exchange.own(() => void reader?.cancel().catch(() => {}));
+  const { clientMs } = exchange.config.timeouts;
+  const stalled = () =>
+    new GatewayError("invalid_json", `nothing more of the body came for ${clientMs} ms`);
   const parts: Uint8Array[] = [];
   for (;;) {
+    const rest =
+      clientMs === 0 ? () => {} : exchange.after(clientMs, () => exchange.fail(stalled()));
     const result = await reader?.read().catch(unreadable);
-    if (result === undefined || result.done) break;
+    rest();
     exchange.check();
+    if (result === undefined || result.done) break;
     hold(result.value.length);
     if (held > bodyBytes) throw tooLarge();
     parts.push(result.value);
   }
   stop();
   return { bytes: concat(parts), keys: [], drop };
-}
-
-function bytesOf(request: Request): Promise<ArrayBuffer> {
-  return request.arrayBuffer().catch(unreadable);
 }
 
 function unreadable(error: unknown): never {

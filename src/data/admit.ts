@@ -113,6 +113,9 @@ export async function admit(
   options: AdmitOptions,
 ): Promise<Permit> {
   const startedAt = plane.now();
+  // Asked once: a retry that was let wait is not refused because it has to choose again.
+  let waits: boolean | null = null;
+  const choices: AdmitOptions = { ...options, mayWait: () => (waits ??= options.mayWait()) };
   const patience = patienceOf(exchange);
   let model = resolveModel(exchange, plane);
   let ticket: Ticket = {
@@ -125,7 +128,7 @@ export async function admit(
   let endSpan: (() => void) | null = null;
   try {
     for (;;) {
-      const { backend, reason, place, admission } = ask(exchange, plane, model, ticket, options);
+      const { backend, reason, place, admission } = ask(exchange, plane, model, ticket, choices);
       exchange.record.backend_id = backend;
       exchange.record.reason = options.tried.size + options.busy.size > 0 ? "retry" : reason;
       if (!("then" in admission)) {

@@ -70,13 +70,14 @@ export class Exchange {
   #ended = false;
 
   constructor(plane: Plane, endpoint: Endpoint, request: Request) {
-    const url = new URL(request.url);
+    // Null where the Host header is no host: whoever checks it refuses the request.
+    const url = URL.parse(request.url);
     this.#plane = plane;
     this.config = plane.config;
     this.endpoint = endpoint;
     this.dialect = request.headers.has("anthropic-version") ? anthropic : endpoint.dialect;
     this.headers = request.headers;
-    this.path = endpoint.path + url.search;
+    this.path = endpoint.path + (url?.search ?? "");
     this.snapshot = plane.snapshot();
     this.receivedAt = plane.now();
     this.record = newRecord(this.id, endpoint.path);

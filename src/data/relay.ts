@@ -206,7 +206,7 @@ export class Relay {
     const exchange = this.#exchange;
     const attempt = this.#attempt;
     if (exchange.ended || attempt === null) return;
-    if (this.#tap !== null && !isWhole(attempt.facts)) {
+    if (this.#tap !== null && !isWhole(attempt.facts, exchange.view?.choices ?? 1)) {
       return this.#fail(
         "upstream_incomplete",
         "ended its stream before the answer was whole",

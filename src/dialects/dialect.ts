@@ -40,9 +40,13 @@ export function emptyFacts(): AnswerFacts {
   };
 }
 
-/** True when the answer is whole: its end marker came, or every choice is finished. */
-export function isWhole(facts: AnswerFacts): boolean {
-  return facts.ended || (facts.finished.size > 0 && facts.finished.size >= facts.choices.size);
+/**
+ * True when the answer is whole: its end marker came, or every choice is finished.
+ *
+ * @param asked choices that the client asked for: one may be finished before the next one begins.
+ */
+export function isWhole(facts: AnswerFacts, asked = 1): boolean {
+  return facts.ended || facts.finished.size >= Math.max(1, asked, facts.choices.size);
 }
 
 /** What not every engine does. `stored_response` continues an answer that the engine has kept. */
@@ -71,6 +75,8 @@ export interface View {
   includeUsage: boolean;
   /** Empty for most requests: any engine that speaks the path can do those. */
   wants: readonly Want[];
+  /** How many choices a stream is to bring. */
+  choices: number;
   /** Sampling parameters, for the span only; undefined where absent or not a number. */
   sampling: {
     maxTokens?: number | undefined;
@@ -145,6 +151,7 @@ export function readView(body: Record<string, unknown>, wants: readonly Want[] =
     stream: view.stream === true,
     includeUsage: view.stream_options?.include_usage === true,
     wants,
+    choices: 1,
     sampling: {
       maxTokens: view.max_completion_tokens ?? view.max_output_tokens ?? view.max_tokens,
       temperature: view.temperature,

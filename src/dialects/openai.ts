@@ -124,12 +124,21 @@ const unstreamed = {
   view: (body: Record<string, unknown>) => ({ ...readView(body), stream: false }),
 } satisfies Partial<Endpoint>;
 
+/** One per prompt, `n` times. */
+function choicesIn({ n, prompt }: Record<string, unknown>): number {
+  const isList = Array.isArray(prompt) && typeof prompt[0] !== "number";
+  return Math.max(1, numberOf(n) ?? 1) * (isList ? Math.max(1, prompt.length) : 1);
+}
+
 export const chatCompletions: Endpoint = {
   ...chunked,
   path: "/v1/chat/completions",
   operation: "chat",
   keys: [...VIEW_KEYS, ...keysOf(CHAT_WANTS)],
-  view: (body) => readView(body, wantsIn(body, CHAT_WANTS)),
+  view: (body) => ({
+    ...readView(body, wantsIn(body, CHAT_WANTS)),
+    choices: choicesIn({ n: body["n"] }),
+  }),
 };
 
 export const completions: Endpoint = {
@@ -137,7 +146,10 @@ export const completions: Endpoint = {
   path: "/v1/completions",
   operation: "text_completion",
   keys: [...VIEW_KEYS, ...keysOf(COMPLETION_WANTS)],
-  view: (body) => readView(body, wantsIn(body, COMPLETION_WANTS)),
+  view: (body) => ({
+    ...readView(body, wantsIn(body, COMPLETION_WANTS)),
+    choices: choicesIn(body),
+  }),
 };
 
 export const embeddings: Endpoint = {

@@ -328,7 +328,7 @@ export class Fleet {
 
   /** Ends every timer; nothing may be enqueued afterwards. */
   close(): void {
-    for (const live of this.#lives.values()) clearTimeout(live.timer);
+    for (const live of [...this.#lives.values(), ...this.#leaving]) clearTimeout(live.timer);
   }
 
   #share(model: string): Share {
@@ -403,7 +403,11 @@ export class Fleet {
     clearTimeout(live.timer);
     // A timer may fire a little early by the clock that decides: then it is armed again.
     const delay = Math.min(Math.max(1, Math.ceil(at - this.#options.now())), 2 ** 31 - 1);
-    live.timer = setTimeout(() => this.#run(live, { type: "timer" }), delay);
+    live.timer = setTimeout(() => {
+      this.#run(live, { type: "timer" });
+      // A hold may have ended: who waits elsewhere can start here.
+      this.#offer();
+    }, delay);
   }
 
   #permit(live: Live, ticket: Ticket, target: Target | undefined): Permit | null {
@@ -421,16 +425,10 @@ export class Fleet {
     };
     const end = (verdict: Verdict) => {
       tried();
-      const { backend, model: ofModel } = live.guard.settle(
-        passage,
-        verdict,
-        this.breaker,
-        now(),
-        random(),
-      );
+      const opened = live.guard.settle(passage, verdict, this.breaker, now(), random());
       // Before the slot comes free: nobody is to follow there.
-      if (backend) this.#run(live, { type: "recall" });
-      else if (ofModel) this.#run(live, { type: "recall", model });
+      if (opened.backend) this.#run(live, { type: "recall" });
+      else if (opened.model) this.#run(live, { type: "recall", model });
       const serviceMs = verdict.outcome === "success" ? now() - grantedAt : null;
       const heldUntil = verdict.outcome === "saturated" ? now() + HOLD_MS : null;
       this.#run(live, { type: "complete", ticket, serviceMs, heldUntil });
@@ -455,8 +453,11 @@ export class Fleet {
         end(verdict);
       },
       proved: () => {
+        const wasTrial = trials > 0;
         tried();
         live.guard.prove(passage, this.breaker);
+        // Open to all again: who waits elsewhere can start here.
+        if (wasTrial) this.#offer();
       },
       stalled() {
         live.stalledAt = now();

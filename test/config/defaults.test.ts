@@ -29,6 +29,9 @@ const DEFAULTS: Record<string, unknown> = {
   "drain.delayMs": 0,
   "drain.graceMs": 30_000,
   "auth.keys": [],
+  "circuitBreaker.failureThreshold": 3,
+  "circuitBreaker.resetTimeoutMs": 10_000,
+  "circuitBreaker.halfOpenRequests": 1,
   "metrics.enabled": true,
   "metrics.endpoint": "/metrics",
   "metrics.labels": ["model", "backend_id", "cache_hit", "status"],
@@ -46,7 +49,6 @@ const WHEN_SET: Record<string, Record<string, unknown>> = {
     ttlMs: 300_000,
     streamCacheDisabled: true,
   },
-  circuitBreaker: { failureThreshold: 3, resetTimeoutMs: 10_000, halfOpenRequests: 1 },
 };
 
 const BACKEND = { id: "a", url: "http://127.0.0.1:1" };
@@ -92,7 +94,7 @@ describe("defaults", () => {
     }
   });
 
-  it("fill cache and circuitBreaker only where these are set", () => {
+  it("fill the cache only where it is set", () => {
     for (const [section, defaults] of Object.entries(WHEN_SET)) {
       assert.equal(section in accepted({}), false);
       assert.deepEqual(accepted({ [section]: {} })[section], defaults);
@@ -128,7 +130,10 @@ describe("values", () => {
     ["drain.graceMs", 0],
     ["auth.keys", [{ key: "k" }, { hash: `sha256:${"0".repeat(64)}` }]],
     ["cache", { maxItems: 1, ttlMs: 0 }],
-    ["circuitBreaker", { failureThreshold: 1 }],
+    ["circuitBreaker", {}, { failureThreshold: 1 }],
+    ["circuitBreaker.failureThreshold", 1, big],
+    ["circuitBreaker.resetTimeoutMs", 1, big],
+    ["circuitBreaker.halfOpenRequests", 1, big],
     ["metrics.labels", [], ["tenant", "endpoint"]],
     ["metrics.endpoint", "/metrics.txt", "/internal/metrics", "/v1metrics"],
     ["telemetry.sampling", 0, 0.5, 1],
@@ -150,7 +155,8 @@ describe("values", () => {
     ["drain.graceMs", -1],
     ["auth.keys", [{}], [{ key: "" }], [{ hash: "sha256:00" }], [{ hash: "md5:00" }], ["k"]],
     ["cache", true, { maxItems: 0 }, { maxBytes: 0 }],
-    ["circuitBreaker", { failureThreshold: 0 }, { halfOpenRequests: 0 }],
+    ["circuitBreaker", null, { failureThreshold: 0 }, { halfOpenRequests: 0 }, { rate: 0.5 }],
+    ["circuitBreaker.resetTimeoutMs", -1, 0.5, "10s"],
     ["metrics.labels", ["user"], "model"],
     [
       "metrics.endpoint",

@@ -243,7 +243,6 @@ describe("notes", () => {
       (await load(file)).notes.toSorted(),
       [
         `cache: ${later}`,
-        `circuitBreaker: ${later}`,
         `models.m.fallback: ${later}`,
         `models.m.maxOutputTokens: ${later}`,
         `models.n.maxOutputTokens: ${later}`,

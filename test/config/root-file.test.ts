@@ -13,7 +13,7 @@ type Tree = Record<string, unknown>;
 /** Sections that show an example, not a default: they have none. */
 const EXAMPLES = ["backends", "models", "auth"];
 /** Accepted and not in effect yet: to write them into the file would only print a note. */
-const NOT_YET = ["cache", "circuitBreaker"];
+const NOT_YET = ["cache"];
 /** Keys without a default: the file shows what could stand there. */
 const WITHOUT_DEFAULT = ["telemetry.otlpEndpoint", "admin.key"];
 

@@ -101,16 +101,6 @@ describe("errors in the dialects of engines", () => {
         for (const stream of [false, true]) {
           const how = stream ? ", streamed" : "";
 
-          it(`busy${how}: 429 with Retry-After`, TIMEOUT, async () => {
-            house.engine(kind).behave(busy);
-            const answer = await ask(chatPath, { stream });
-            expectError(answer, 429, "rate_limit_exceeded");
-            assert.match(answer.headers.get("retry-after") ?? "", /^[1-9]\d*$/);
-            house.fleet.reset();
-            house.engine(kind).behave(busy);
-            expectAnthropicError(await ask("/v1/messages", { stream }), 429, "rate_limit_error");
-          });
-
           const tooLong = overflow === null ? "a prompt that is cut" : "a prompt too long";
           it(`${tooLong}${how}`, TIMEOUT, async () => {
             house.engine(kind).behave(overflow ?? { contextLength: 2 });
@@ -154,6 +144,22 @@ describe("errors in the dialects of engines", () => {
             expectError(await ask(chatPath), 502, "upstream_error");
           });
         }
+
+        // The last one: what was busy is left alone for a second.
+        it("busy to the end: 429 with Retry-After, whole and streamed", TIMEOUT, async () => {
+          house.engine(kind).behave(busy);
+          // Too little time to wait for its turn.
+          const hurry = { "x-stainless-timeout": "0.01" };
+          const asks = [false, true].flatMap((stream) => [
+            house.ask(way, kind, chatPath, { stream }, hurry),
+            house.ask(way, kind, "/v1/messages", { stream }, hurry),
+          ]);
+          for (const [at, answer] of (await Promise.all(asks)).entries()) {
+            assert.match(answer.headers.get("retry-after") ?? "", /^[1-9]\d*$/);
+            if (at % 2 === 0) expectError(answer, 429, "rate_limit_exceeded");
+            else expectAnthropicError(answer, 429, "rate_limit_error");
+          }
+        });
       });
     }
   }

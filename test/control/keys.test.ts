@@ -6,6 +6,7 @@ import assert from "node:assert/strict";
 import { after, afterEach, before, describe, it } from "node:test";
 import { configShape, type Shape } from "../../src/settings/shape.ts";
 import { backendKeys, laterKeys, modelKeys } from "./keys/backends.ts";
+import { breakerKeys } from "./keys/breaker.ts";
 import { drainKeys } from "./keys/drain.ts";
 import { metricKeys, telemetryKeys } from "./keys/observe.ts";
 import { limitKeys, queueKeys, timeoutKeys } from "./keys/queue.ts";
@@ -22,6 +23,7 @@ const groups: Record<string, KeyTests> = {
   timeouts: timeoutKeys,
   limits: limitKeys,
   drain: drainKeys,
+  "the circuit breaker": breakerKeys,
   metrics: metricKeys,
   telemetry: telemetryKeys,
   "a later version": laterKeys,

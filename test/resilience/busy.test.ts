@@ -50,9 +50,9 @@ async function checkCalm({ gateway }: Pick<Fleet<string>, "gateway">): Promise<v
 /** Users by how often an engine has generated an answer for them; a refused request generates none. */
 function servedBy(...engines: FakeEngine[]): Map<string, number> {
   const served = new Map<string, number>();
-  for (const { json, sent } of engines.flatMap((engine) => engine.inference())) {
-    if (!sent().includes("word0")) continue;
-    const user = String(json.user);
+  for (const request of engines.flatMap((engine) => engine.inference())) {
+    if (!request.sent().includes("word0")) continue;
+    const user = String(request.json.user);
     served.set(user, (served.get(user) ?? 0) + 1);
   }
   return served;

@@ -61,11 +61,7 @@ describe("hostile engines", () => {
           assert.equal(answer.status, 200, `${model.slice(0, 50)}: ${answer.text}`);
           assert.equal(answer.headers.get("x-evil"), null);
           const asked = fleet.engines.a.inference().at(-1)?.json.model;
-          const aliased: Record<string, string> = {
-            valueOf: "__proto__",
-            prototype: "constructor",
-          };
-          assert.equal(asked, Object.hasOwn(aliased, model) ? aliased[model] : model);
+          assert.equal(asked, model === "valueOf" ? "constructor" : model);
         }
       }
       const { data } = (await send(`${fleet.url}/v1/models`)).json() as { data: { id: string }[] };
@@ -134,7 +130,7 @@ describe("hostile engines", () => {
         assert.ok(broken.status === 502 || /"code":"upstream_/.test(broken.text), broken.text);
       }
     }
-    const bomb = gzipSync(Buffer.alloc(200 * MIB, " "));
+    const bomb = gzipSync(Buffer.alloc(100 * MIB, " "));
     behave({ kind: "raw", body: bomb }, { headers: packed, contentType: "text/html" });
     assert.equal((await ask({ stream: true })).status, 502);
   });

@@ -287,7 +287,8 @@ describe("hostile clients", () => {
       while (left > 0) {
         const bytes = mutated();
         // Odd hosts have a test of their own.
-        if (!bytes.includes("\r\nHost: localhost\r\n")) continue;
+        const hosts = bytes.toString("latin1").match(/^host.*$/gim) ?? [];
+        if (hosts.join() !== "Host: localhost") continue;
         left -= 1;
         const client = await exchange(bytes, 60);
         const status = String(client.status() ?? (client.isClosed() ? "closed" : "waits"));

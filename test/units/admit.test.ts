@@ -429,9 +429,7 @@ describe("admit", () => {
       // All are busy, or full: whichever comes first, the busy one as well.
       const waits = house.admit(house.request("m"), { busy: ids("a", "b") });
       assert.equal((await soon(waits)).target.backend, "a");
-      await refusal(
-        house.admit(house.request("m"), { busy: ids("a", "b"), mayWait: () => false }),
-      );
+      await refusal(house.admit(house.request("m"), { busy: ids("a", "b"), mayWait: () => false }));
     });
 
     it("comes back to the engine that was busy when its hold is over, alone as it may be", async () => {

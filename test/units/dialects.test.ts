@@ -588,6 +588,7 @@ describe("the view of a request", () => {
       stream: false,
       includeUsage: false,
       wants: [],
+      choices: 1,
       sampling: { maxTokens: undefined, temperature: undefined, topP: undefined, seed: undefined },
     });
     const full = readView({

@@ -606,9 +606,7 @@ describe("usage", () => {
     const world = new World(two);
     const answered = { at: 5, ttftMs: 40, tokensPerSecond: 10, error: null };
     world.ask("a").permit.release(SUCCESS, answered);
-    world
-      .ask("a")
-      .permit.release(FAILURE, { ...answered, ttftMs: null, error: "upstream_error" });
+    world.ask("a").permit.release(FAILURE, { ...answered, ttftMs: null, error: "upstream_error" });
     world.ask("a").permit.release(FAILURE);
     const [a, b] = world.fleet.usage().map(({ observed }) => observed);
     assert.deepEqual(
@@ -833,7 +831,9 @@ describe("a breaker", () => {
     fail(world, "a", 2, broken);
     const [m, n] = [world.ask("a", "m"), world.ask("a", "n")];
     const [waitsM, waitsN] = [world.ask("a", "m"), world.ask("a", "n")];
+    const behind = world.ask("a", "m");
     m.permit.release(broken);
+    assert.deepEqual(behind.said, ["reselect"], "also whom no other backend has room for");
     assert.deepEqual([waitsM.said, waitsN.said, waitsN.position], [["reselect"], [], 0]);
     assert.deepEqual(
       [stateOf(world, "a"), stateOf(world, "a", "m"), stateOf(world, "a", "n")],
@@ -1058,7 +1058,11 @@ describe("a breaker", () => {
     assert(untilAt !== null && untilAt >= before + 1000 && untilAt <= Date.now() + 1001);
     world.advance(1000);
     world.ask("a");
-    assert.deepEqual(world.fleet.breakerOf("a"), { state: "half_open", failures: 3, untilAt: null });
+    assert.deepEqual(world.fleet.breakerOf("a"), {
+      state: "half_open",
+      failures: 3,
+      untilAt: null,
+    });
   });
 
   it("lets one at a time try where nothing else is left, also before its time", () => {
@@ -1078,6 +1082,18 @@ describe("a breaker", () => {
     assert.deepEqual(pick(world), ["a", "only"]);
   });
 
+  it("takes over who waits elsewhere when it closes by the beginning of an answer", () => {
+    const world = new World({ ...two, models: { m: { a: 2, b: 1 } } });
+    fail(world, "a", 3);
+    world.ask("b");
+    const waiting = world.ask("b");
+    world.advance(1000);
+    const trial = world.ask("a");
+    assert.deepEqual(waiting.said, []);
+    trial.permit.proved();
+    assert.deepEqual(waiting.said, ["reselect"]);
+  });
+
   it("counts a request to an unhealthy backend as the one trial, whatever its breaker", () => {
     const world = new World({ ...two, backends: { a: { health: "unhealthy" }, b: {} } });
     const trial = world.ask("a");
@@ -1093,8 +1109,9 @@ describe("an engine that is busy", () => {
   const busy = judge("busy");
 
   it("gets nothing more for a second, and that counts for nothing", () => {
-    const world = new World({ ...two, models: { m: { a: 2, b: 2 } } });
-    for (let each = 0; each < 10; each++) world.ask("a").permit.release(busy);
+    const world = new World({ ...two, models: { m: { a: 9, b: 2 } } });
+    const running = [1, 2, 3, 4, 5, 6, 7, 8, 9].map(() => world.ask("a"));
+    for (const each of running) each.permit.release(busy);
     const { state, failures } = world.fleet.breakerOf("a");
     assert.deepEqual([state, failures], ["closed", 0]);
     const { free, open, failedAt } = world.candidate("a") ?? assert.fail();
@@ -1143,6 +1160,17 @@ describe("an engine that is busy", () => {
     assert.deepEqual(waits.said, []);
     world.advance(400);
     assert.deepEqual(waits.said, ["granted"]);
+  });
+
+  it("takes over who waits elsewhere when its time is over", () => {
+    const world = new World(two);
+    const [running, back] = [world.ask("a"), world.ask("b")];
+    const waiting = world.ask("a");
+    back.permit.release(busy);
+    assert.deepEqual(waiting.said, []);
+    world.advance(1000);
+    assert.deepEqual(waiting.said, ["reselect"]);
+    running.permit.release(SUCCESS);
   });
 
   it("lets those who wait for it expire in time", () => {
@@ -1680,6 +1708,20 @@ class Guarded {
         assert.equal(each.waiting, 0, `somebody waits for ${each.model} at ${backend}: ${state}`);
       }
     }
+    for (const model of new Set(this.asking.map(({ ticket }) => ticket.model))) {
+      const idle = BACKENDS.find((id) => this.#isIdle(id, model));
+      assert(!idle, `${model} waits while ${idle} has room for it`);
+    }
+  }
+
+  /** Whoever waits could start there at once. */
+  #isIdle(backend: string, name: string): boolean {
+    const { snapshot, fleet } = this.world;
+    const model = snapshot.models.find((each) => each.name === name);
+    const candidates = model === undefined ? [] : fleet.candidates(snapshot, model);
+    const found = candidates.find(({ target }) => target.backend === backend);
+    const isClosed = this.#states(backend, name).every((state) => state === "closed");
+    return found?.health === "healthy" && found.free && isClosed;
   }
 
   /** Ends all that runs, as often as that starts another. */

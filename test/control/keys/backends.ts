@@ -241,17 +241,6 @@ const NOTES: [key: string, said: string, value: object][] = [
   ["cache.maxBytes", "cache", { cache: { maxBytes: 1 } }],
   ["cache.ttlMs", "cache", { cache: { ttlMs: 1 } }],
   ["cache.streamCacheDisabled", "cache", { cache: { streamCacheDisabled: true } }],
-  [
-    "circuitBreaker.failureThreshold",
-    "circuitBreaker",
-    { circuitBreaker: { failureThreshold: 1 } },
-  ],
-  ["circuitBreaker.resetTimeoutMs", "circuitBreaker", { circuitBreaker: { resetTimeoutMs: 1 } }],
-  [
-    "circuitBreaker.halfOpenRequests",
-    "circuitBreaker",
-    { circuitBreaker: { halfOpenRequests: 1 } },
-  ],
 ];
 
 /** Keys that are accepted before they are in effect: whoever sets one is told so. */
