@@ -97,13 +97,7 @@ export interface House {
   fleet: Fleet<string>;
   gateways: Record<Way, Gateway>;
   engine(kind: EngineKind, does?: "embed" | "rerank"): FakeEngine;
-  ask(
-    way: Way,
-    kind: EngineKind,
-    path: string,
-    more?: object,
-    headers?: Record<string, string>,
-  ): Promise<Answer>;
+  ask(way: Way, kind: EngineKind, path: string, more?: object): Promise<Answer>;
   /** What the engine sent last. */
   sent(kind: EngineKind): string;
   close(): Promise<void>;
@@ -139,8 +133,8 @@ export async function startHouse(own: Record<string, unknown> = {}): Promise<Hou
     fleet,
     gateways,
     engine,
-    ask: (way, kind, path, more = {}, headers = {}) =>
-      send(gateways[way].url + path, { ...bodyFor(path, kind), ...more }, { headers }),
+    ask: (way, kind, path, more = {}) =>
+      send(gateways[way].url + path, { ...bodyFor(path, kind), ...more }),
     sent: (kind) => engine(kind).inference().at(-1)?.sent().toString() ?? "",
     async close() {
       await found.stop();
