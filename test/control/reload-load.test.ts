@@ -83,7 +83,7 @@ describe("reloads under load", () => {
 
   it(`${RELOADS} of them on ${runtime}`, { timeout: 180_000 }, async () => {
     engines["held"]?.behave({
-      fault: { kind: "answer", status: 500, body: {} },
+      fault: { kind: "drop", by: "reset" },
       faultTimes: FAILURES,
     });
     for (let at = 0; at < FAILURES; at++) await openaiChat(gateway.url, { model: "held" });
