@@ -3,16 +3,11 @@ import { parseArgs } from "node:util";
 import { serve as serveNode } from "@hono/node-server";
 import manifest from "../package.json" with { type: "json" };
 import { banner } from "./banner.ts";
+import { isLoopback } from "./caller.ts";
 import { suggest } from "./core/suggest.ts";
 import { resolveA } from "./control/names.ts";
 import { startGateway, type Gateway } from "./gateway.ts";
-import {
-  ConfigError,
-  isLoopback,
-  loadSettings,
-  type Settings,
-  type Sources,
-} from "./settings/load.ts";
+import { ConfigError, loadSettings, type Settings, type Sources } from "./settings/load.ts";
 import { shown } from "./settings/mistakes.ts";
 import { runtimeProblem } from "./runtime.ts";
 import { Log, type Level } from "./telemetry/log.ts";

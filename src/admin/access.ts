@@ -1,18 +1,10 @@
-import { createHash, timingSafeEqual } from "node:crypto";
+import { timingSafeEqual } from "node:crypto";
+import { credentialOf, isLoopback, nameOf, sha256 } from "../caller.ts";
 import { GatewayError, quote } from "../errors.ts";
-import { isLoopback } from "../settings/load.ts";
-
-function sha256(text: string): Uint8Array {
-  return createHash("sha256").update(text).digest();
-}
 
 /** Is this the address of the machine itself, IPv4 in IPv6 included? */
 function isLocalAddress(address: string): boolean {
   return isLoopback(address.replace(/^::ffff:/i, ""));
-}
-
-function hostName(host: string): string {
-  return host.replace(/:\d*$/, "");
 }
 
 /**
@@ -36,16 +28,14 @@ export function checkOperator(
     );
   }
   if (key !== undefined) {
-    const [, bearer] = /^bearer\s+(.+)$/i.exec(headers.get("authorization")?.trim() ?? "") ?? [];
-    const credential = bearer ?? headers.get("x-api-key") ?? "";
-    if (timingSafeEqual(sha256(credential), sha256(key))) return;
+    if (timingSafeEqual(sha256(credentialOf(headers) ?? ""), sha256(key))) return;
     throw new GatewayError(
       "invalid_api_key",
       "send the admin key (admin.key) as Authorization: Bearer KEY, or x-api-key: KEY",
     );
   }
   const forwarded = headers.has("forwarded") || headers.has("x-forwarded-for");
-  if (peer !== null && isLocalAddress(peer) && isLoopback(hostName(host)) && !forwarded) return;
+  if (peer !== null && isLocalAddress(peer) && isLoopback(nameOf(host)) && !forwarded) return;
   throw new GatewayError(
     "permission_denied",
     "without an admin key only callers on this machine may operate the gateway: set admin.key",

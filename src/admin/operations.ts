@@ -1,8 +1,8 @@
 import type { BackendAction, Control } from "../control/control.ts";
 import type { Difference, LastReload, Reloader } from "../control/reload.ts";
-import type { BreakerState } from "../core/breaker.ts";
 import type { Backend, Snapshot } from "../core/snapshot.ts";
 import type { Fleet } from "../fleet/fleet.ts";
+import type { BreakerReport } from "../fleet/live.ts";
 import { valuesOf, type Value } from "../settings/values.ts";
 
 /** A backend as the snapshot has it, and how it is doing. Durations in milliseconds. */
@@ -11,8 +11,8 @@ export interface BackendReport extends Backend {
   queued: number;
   /** Requests at once. */
   slots: number;
-  /** Of the backend as a whole; `untilAt` is Unix milliseconds, null while it is not open. */
-  breaker: { state: BreakerState; failures: number; untilAt: number | null };
+  /** Of the backend as a whole. */
+  breaker: BreakerReport;
   ttftMs: { p50: number | null; p95: number | null; p99: number | null };
   tokensPerSecond: number | null;
   lastError: { at: number; code: string } | null;

@@ -1,7 +1,7 @@
 import { unwatchFile, watchFile } from "node:fs";
+import { isLoopback } from "../caller.ts";
 import {
   ConfigError,
-  isLoopback,
   loadSettings,
   settle,
   watchedFiles,
@@ -9,8 +9,8 @@ import {
   type Sources,
 } from "../settings/load.ts";
 import type { Mistake } from "../settings/mistakes.ts";
-import type { Log } from "../telemetry/log.ts";
 import { changesBetween, type Change, type Value } from "../settings/values.ts";
+import type { Log } from "../telemetry/log.ts";
 import type { BackendAction } from "./control.ts";
 
 /** What a reload did, or would do. */

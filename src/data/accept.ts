@@ -73,13 +73,13 @@ async function read(exchange: Exchange, request: Request, plane: Plane): Promise
   const broken = (error: unknown) => unreadable(exchange, error);
   const { clientMs } = exchange.config.timeouts;
   /** Gives up on a client that promised more and sends nothing. */
-  const awaited = async <T>(next: Promise<T>): Promise<T> => {
-    if (clientMs === 0) return await next;
-    const { promise: stalled, reject } = Promise.withResolvers<never>();
-    const stop = exchange.after(clientMs, () => {
-      reject(new GatewayError("invalid_json", `nothing more of the body came for ${clientMs} ms`));
+  const awaited = <T>(next: Promise<T>): Promise<T> => {
+    if (clientMs === 0) return next;
+    return new Promise((resolve, reject) => {
+      const message = `nothing more of the body came for ${clientMs} ms`;
+      const stall = () => reject(new GatewayError("invalid_json", message));
+      next.finally(exchange.after(clientMs, stall)).then(resolve, reject);
     });
-    return await Promise.race([next, stalled]).finally(stop);
   };
   // In one piece where that is little; the runtimes have a short way for it.
   if (declared > 0 && declared <= SMALL_BYTES) {

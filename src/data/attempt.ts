@@ -28,9 +28,9 @@ export class UpstreamAttempt implements Attempt {
   readonly facts: AnswerFacts = emptyFacts();
   readonly permit: Permit;
   readonly sentAt: number;
-  /** When the first token came, on the clock of the plane. */
-  firstTokenAt: number | null = null;
-  lastTokenAt: number | null = null;
+  /** When tokens came, on the clock of the plane. */
+  #firstTokenAt: number | null = null;
+  #lastTokenAt: number | null = null;
   /** Held to the end: Deno forgets to abort a fetch whose Response has been collected. */
   response: Response | null = null;
   reader: ReadableStreamDefaultReader<Uint8Array> | null = null;
@@ -74,25 +74,33 @@ export class UpstreamAttempt implements Attempt {
     body?.cancel(reason).catch(() => {});
   }
 
+  /** A token came. @returns true for the first. */
+  token(at: number): boolean {
+    this.#lastTokenAt = at;
+    if (this.#firstTokenAt !== null) return false;
+    this.#firstTokenAt = at;
+    return true;
+  }
+
+  interTokenMs(): number | null {
+    const tokens = this.facts.usage?.output ?? this.facts.deltas;
+    if (this.#firstTokenAt === null || this.#lastTokenAt === null || tokens < 2) return null;
+    return (this.#lastTokenAt - this.#firstTokenAt) / (tokens - 1);
+  }
+
   end(verdict: Verdict, cause: string | null): void {
     if (this.#ended) return;
     this.#ended = true;
     if (!this.#drained) this.close(ATTEMPT_ENDED);
-    const first = this.firstTokenAt;
+    const first = this.#firstTokenAt;
     const ttftMs = first === null ? null : first - this.sentAt;
     this.#trace.end(this.facts, ttftMs, cause);
     this.#plane.metrics?.attempt(this.permit.target.backend, verdict.outcome);
-    const tokensPerSecond = this.#tokensPerSecond();
-    this.permit.release(verdict, { at: Date.now(), ttftMs, tokensPerSecond, error: cause });
-  }
-
-  #tokensPerSecond(): number | null {
-    const { firstTokenAt, lastTokenAt, facts } = this;
-    const tokens = facts.usage?.output ?? facts.deltas;
-    if (firstTokenAt === null || lastTokenAt === null || tokens < 2) return null;
-    const ms = lastTokenAt - firstTokenAt;
+    const interTokenMs = this.interTokenMs();
     // Tokens that came in one piece tell no speed.
-    return ms < 1 ? null : ((tokens - 1) / ms) * 1000;
+    const lasted = (this.#lastTokenAt ?? 0) - (this.#firstTokenAt ?? 0);
+    const tokensPerSecond = interTokenMs === null || lasted < 1 ? null : 1000 / interTokenMs;
+    this.permit.release(verdict, { at: Date.now(), ttftMs, tokensPerSecond, error: cause });
   }
 }
 

@@ -18,6 +18,8 @@ import type { Plane } from "./plane.ts";
 /** One request sent to one backend, as the exchange sees it. */
 export interface Attempt {
   readonly facts: AnswerFacts;
+  /** Mean time between two tokens; null where that cannot be told. */
+  interTokenMs(): number | null;
   /** Closes the upstream, gives the permit back, ends the span. Idempotent. */
   end(verdict: Verdict, cause: string | null): void;
 }
@@ -59,8 +61,6 @@ export class Exchange {
   view: View | null = null;
   body: Body | null = null;
   attempt: Attempt | null = null;
-  firstTokenAt: number | null = null;
-  lastTokenAt: number | null = null;
   /** Status and headers are out, by a heartbeat or by the engine's first byte. */
   opened = false;
 
@@ -184,16 +184,9 @@ export class Exchange {
     log.request(record, error?.detail ?? null);
     metrics?.request(record, {
       cachedTokens: attempt?.facts.usage?.cached ?? null,
-      interTokenMs: this.#interTokenMs(),
+      interTokenMs: attempt?.interTokenMs() ?? null,
       dispatched: attempt !== null,
     });
-  }
-
-  #interTokenMs(): number | null {
-    const { firstTokenAt, lastTokenAt, record } = this;
-    const tokens = record.tokens_generated ?? 0;
-    if (firstTokenAt === null || lastTokenAt === null || tokens < 2) return null;
-    return (lastTokenAt - firstTokenAt) / (tokens - 1);
   }
 
   /** The headers that explain this answer, as far as they are known now. */

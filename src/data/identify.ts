@@ -1,8 +1,8 @@
-import { createHash, timingSafeEqual } from "node:crypto";
+import { timingSafeEqual } from "node:crypto";
+import { credentialOf, isLoopback, nameOf, sha256 } from "../caller.ts";
 import type { Config } from "../config.ts";
-import type { EnvironmentKey } from "../settings/environment.ts";
 import { GatewayError, quote } from "../errors.ts";
-import { isLoopback } from "../settings/load.ts";
+import type { EnvironmentKey } from "../settings/environment.ts";
 
 interface Key {
   digest: Uint8Array;
@@ -19,10 +19,6 @@ export interface Access {
   allowedOrigins: ReadonlySet<string>;
 }
 
-function sha256(text: string): Uint8Array {
-  return createHash("sha256").update(text).digest();
-}
-
 export function prepareAccess(config: Config, environmentKeys: readonly EnvironmentKey[]): Access {
   const configured = config.auth.keys.map((each): Key => {
     const hex = "hash" in each ? each.hash.slice("sha256:".length) : null;
@@ -36,10 +32,6 @@ export function prepareAccess(config: Config, environmentKeys: readonly Environm
     allowedHosts: new Set(config.server.allowedHosts.map((host) => host.toLowerCase())),
     allowedOrigins: new Set(config.server.allowedOrigins),
   };
-}
-
-function nameOf(host: string): string {
-  return host.replace(/:\d*$/, "").toLowerCase();
 }
 
 function isLocalName(name: string): boolean {
@@ -81,11 +73,6 @@ export function checkOrigin(headers: Headers, access: Access): void {
       `Origin ${quote(origin)} may not call this gateway: add it to server.allowedOrigins`,
     );
   }
-}
-
-function credentialOf(headers: Headers): string | null {
-  const [, bearer] = /^bearer\s+(.+)$/i.exec(headers.get("authorization")?.trim() ?? "") ?? [];
-  return bearer ?? headers.get("x-api-key");
 }
 
 /**

@@ -118,11 +118,7 @@ export class Relay {
   #token() {
     const now = this.#lastChunkAt;
     const exchange = this.#exchange;
-    exchange.lastTokenAt = now;
-    if (this.#attempt !== null) this.#attempt.lastTokenAt = now;
-    if (exchange.firstTokenAt !== null) return;
-    exchange.firstTokenAt = now;
-    if (this.#attempt !== null) this.#attempt.firstTokenAt = now;
+    if (this.#attempt?.token(now) !== true) return;
     exchange.record.ttft = rounded(now - exchange.receivedAt);
     exchange.trace.event("first_token");
   }

@@ -1,76 +1,37 @@
-import type { Kind } from "../config.ts";
 import type { BreakerSettings, BreakerState } from "../core/breaker.ts";
 import { judge, type Verdict } from "../core/outcome.ts";
 import {
-  createScheduler,
   hasRoom,
   positionOf,
   step,
   type Cap,
   type SchedulerEvent,
-  type SchedulerState,
   type Ticket,
 } from "../core/scheduler.ts";
 import type { Candidate, Credit } from "../core/select.ts";
 import {
   backendOf,
   type Backend,
-  type Health,
   type Model,
   type Snapshot,
   type Target,
 } from "../core/snapshot.ts";
 import type { Connection, Engine } from "../engines/engine.ts";
-import { engineOf } from "../engines/kinds.ts";
-import { Guard } from "./guard.ts";
-import { Observed, type Answered } from "./observed.ts";
-
-/** One backend that requests are sent to: its queue, and what was learned from its traffic. */
-interface Live {
-  key: string;
-  id: string;
-  url: string;
-  engine: Engine;
-  scheduler: SchedulerState;
-  health: Health;
-  failedAt: number | null;
-  lastChunkAt: number;
-  /** When a stream of it was given up because nothing came any more. */
-  stalledAt: number;
-  observed: Observed;
-  guard: Guard;
-  /** Requests under way that are to show whether it works again. */
-  trials: number;
-  timer: ReturnType<typeof setTimeout> | undefined;
-}
+import {
+  breakerReport,
+  breakersOf,
+  createLive,
+  isBetter,
+  keyOf,
+  usageOf,
+  type BreakerReport,
+  type Live,
+  type Usage,
+} from "./live.ts";
+import type { Answered } from "./observed.ts";
 
 /** How long a backend that said that it is busy gets nothing more, unless a request of it ends before. */
 const HOLD_MS = 1000;
-
-const TIERS: readonly Health[] = ["healthy", "degraded", "unknown"];
-
-/**
- * Would a request that waits at `live` start at once at `other`, and would selection send it there?
- * Never to a worse tier of health: it would come straight back.
- */
-function isBetter(
-  other: Live,
-  live: Live,
-  ticket: Ticket,
-  settings: BreakerSettings,
-  now: number,
-): boolean {
-  const tier = TIERS.indexOf(other.health);
-  const own = TIERS.indexOf(live.health);
-  return (
-    other !== live &&
-    tier !== -1 &&
-    (own === -1 || tier <= own) &&
-    !ticket.barred.has(other.id) &&
-    other.guard.admits(ticket.model, settings, now) === "any" &&
-    hasRoom(other.scheduler, ticket.model)
-  );
-}
 
 /** The right to one slot, to be given back once. */
 export interface Permit {
@@ -206,6 +167,7 @@ export class Fleet {
 
   /** The targets of a model as selection wants them, in the snapshot's order. */
   candidates(snapshot: Snapshot, model: Model): Candidate[] {
+    const now = this.#options.now();
     return model.targets.flatMap((target) => {
       const backend = backendOf(snapshot, target.backend);
       const live = this.#lives.get(target.backend);
@@ -214,7 +176,7 @@ export class Fleet {
       const { health, weight } = backend;
       const free = hasRoom(scheduler, model.name);
       const load = scheduler.backend.used + scheduler.waiting;
-      const admits = live.guard.admits(model.name, this.breaker, this.#options.now());
+      const admits = live.guard.admits(model.name, this.breaker, now);
       // A trial does not wait in a queue.
       const open = admits === null || (admits === "trial" && !free);
       return [{ target, health, free, load, weight, failedAt, open, trying: live.trials > 0 }];
@@ -289,41 +251,18 @@ export class Fleet {
   }
 
   /** Per backend its caps, what each model uses and has waiting, and what its answers showed. */
-  usage() {
-    return [...this.#lives.values()].map(({ id, scheduler, observed }) => ({
-      backend: id,
-      slots: Math.min(
-        scheduler.backend.limit,
-        [...scheduler.lanes.values()].reduce((sum, lane) => sum + lane.slots.limit, 0),
-      ),
-      running: scheduler.backend.used,
-      waiting: scheduler.waiting,
-      observed,
-      models: [...scheduler.lanes].map(([model, lane]) => ({
-        model,
-        running: lane.slots.used,
-        waiting: lane.queue.length,
-      })),
-    }));
+  usage(): Usage[] {
+    return [...this.#lives.values()].map(usageOf);
   }
 
-  /** The breaker of a backend as a whole. `untilAt` is Unix milliseconds, null while it is not open. */
-  breakerOf(backend: string): { state: BreakerState; failures: number; untilAt: number | null } {
-    const breaker = this.#lives.get(backend)?.guard.backend;
-    if (breaker === undefined) return { state: "closed", failures: 0, untilAt: null };
-    const { state, failures, untilAt } = breaker;
-    const left = untilAt - this.#options.now();
-    return { state, failures, untilAt: state === "open" ? Math.round(Date.now() + left) : null };
+  /** The breaker of a backend as a whole. */
+  breakerOf(backend: string): BreakerReport {
+    return breakerReport(this.#lives.get(backend), this.#options.now());
   }
 
   /** Every breaker; `model` is null for that of a backend as a whole. */
   breakers(): { backend: string; model: string | null; state: BreakerState }[] {
-    return [...this.#lives.values()].flatMap(({ id, guard, scheduler }) => [
-      { backend: id, model: null, state: guard.backend.state },
-      ...[...scheduler.lanes.keys()].map((model) => {
-        return { backend: id, model, state: guard.models.get(model)?.state ?? "closed" };
-      }),
-    ]);
+    return [...this.#lives.values()].flatMap(breakersOf);
   }
 
   /** Ends every timer; nothing may be enqueued afterwards. */
@@ -344,29 +283,16 @@ export class Fleet {
     return share;
   }
 
-  #liveOf({ id, url, kind }: Backend): Live {
-    const key = `${kind} ${url}`;
+  #liveOf(backend: Backend): Live {
+    const { id } = backend;
+    const key = keyOf(backend);
     const known = this.#lives.get(id);
     if (known?.key === key) return known;
     if (known !== undefined) this.#close(known);
     // One that was taken out and put back still runs what it ran: its slots are not free twice.
     const back = [...this.#leaving].find((live) => live.key === key && live.id === id);
     if (back !== undefined) this.#leaving.delete(back);
-    const fresh: Live = back ?? {
-      key,
-      id,
-      url,
-      engine: engineOf(kind as Kind),
-      scheduler: createScheduler(),
-      health: "unknown",
-      failedAt: null,
-      lastChunkAt: -Infinity,
-      stalledAt: -Infinity,
-      observed: new Observed(),
-      guard: new Guard(),
-      trials: 0,
-      timer: undefined,
-    };
+    const fresh = back ?? createLive(backend);
     this.#lives.set(id, fresh);
     return fresh;
   }

@@ -1,5 +1,6 @@
 import { existsSync } from "node:fs";
 import { resolve } from "node:path";
+import { isLoopback } from "../caller.ts";
 import type { Config } from "../config.ts";
 import {
   interpolate,
@@ -163,12 +164,6 @@ function withSource(mistake: Mistake, flags: Flags, environment: Environment): M
   const source = flag ?? variableFor(path, environment);
   if (source === null) return mistake;
   return { ...mistake, expected: `${mistake.expected} (it comes from ${source})` };
-}
-
-/** Loopback by name or number: 127.0.0.0/8, `::1`, `localhost`. */
-export function isLoopback(host: string): boolean {
-  const bare = host.replace(/^\[|\]$/g, "").toLowerCase();
-  return bare === "localhost" || bare === "::1" || /^127\.\d+\.\d+\.\d+$/.test(bare);
 }
 
 function bindMistakes(

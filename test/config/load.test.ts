@@ -2,7 +2,8 @@
 import assert from "node:assert/strict";
 import { describe, it } from "node:test";
 import type { Environment } from "../../src/settings/environment.ts";
-import { isLoopback, type Settings } from "../../src/settings/load.ts";
+import { isLoopback } from "../../src/caller.ts";
+import type { Settings } from "../../src/settings/load.ts";
 import { directory, failure, load, loadFrom, paths } from "./support.ts";
 
 describe("precedence", () => {

@@ -79,3 +79,26 @@ describe("an engine that dies while an answer is awaited", () => {
     });
   }
 });
+
+describe("a backend whose streams stand still", () => {
+  it("is taken out of use though it answers its probes, and may try again", TIMEOUT, async () => {
+    const fleet = await startFleet(
+      { stands: { models: ["m"], backend } },
+      { timeouts: { idleMs: 300 }, circuitBreaker: { resetTimeoutMs: 1500 } },
+    );
+    const isHealthy = async (): Promise<boolean> =>
+      (await fleet.gateway.metric("tidegate_backend_health", {
+        backend_id: "stands",
+        state: "healthy",
+      })) === 1;
+    try {
+      fleet.engines.stands.behave({ stallAfterTokens: 2, stallMs: Infinity });
+      const { text } = await openaiChat(fleet.url, { model: "m", stream: true });
+      assert.match(text, /upstream_timeout/);
+      assert(await until(async () => !(await isHealthy())), "out of use");
+      assert(await until(isHealthy, 5000), "in use again");
+    } finally {
+      await fleet.close();
+    }
+  });
+});

@@ -1105,6 +1105,31 @@ describe("a breaker", () => {
   });
 });
 
+describe("a stream that stands still", () => {
+  it("makes its backend stuck until another one flows, or until a breaker would try again", () => {
+    const world = new World(two);
+    const { fleet } = world;
+    assert.equal(fleet.isStuck("a"), false, "nothing has stood still yet");
+    const asked = world.ask("a");
+    asked.permit.flowed(world.now);
+    world.advance(10);
+    asked.permit.stalled();
+    assert.deepEqual(
+      [fleet.isStuck("a"), fleet.isStuck("b"), fleet.isStuck("none")],
+      [true, false, false],
+    );
+    world.advance(10);
+    asked.permit.flowed(world.now);
+    assert.equal(fleet.isStuck("a"), false, "something flows");
+    world.advance(10);
+    asked.permit.stalled();
+    world.advance(fleet.breaker.resetTimeoutMs - 1);
+    assert.equal(fleet.isStuck("a"), true);
+    world.advance(1);
+    assert.equal(fleet.isStuck("a"), false, "it may try again");
+  });
+});
+
 describe("an engine that is busy", () => {
   const busy = judge("busy");
 
