@@ -40,6 +40,7 @@ export default defineConfig({
   //     backends: ["vllm"], // only these serve it; absent: all that have it
   //     aliases: ["default"],
   //     concurrency: 4, // requests at once over all backends
+  //     maxOutputTokens: 4096, // cap on one answer
   //   },
   // },
   // queue: {
@@ -63,7 +64,45 @@ export default defineConfig({
   //   delayMs: 0, // after SIGTERM still admitting: set it behind a balancer
   //   graceMs: 30_000, // then for running answers
   // },
-  // auth: { keys: [{ key: "${MY_KEY}" }, { hash: "sha256:…" }] },
+  // auth: {
+  //   keys: [
+  //     { key: "${MY_KEY}" },
+  //     { hash: "sha256:…", tenant: "night-shift" }, // as tidegate key create prints it
+  //   ],
+  //   jwt: [
+  //     {
+  //       issuer: "https://id.example", // what iss of a token has to be
+  //       audience: "tidegate", // what aud has to be, or contain
+  //       jwksUrl: "https://id.example/.well-known/jwks.json", // or jwksFile: "keys.json"
+  //       algorithms: ["RS256", "ES256", "EdDSA"],
+  //       toleranceS: 5, // how far clocks may differ, seconds
+  //       tenantClaim: "tenant", // the claim that names the tenant
+  //     },
+  //   ],
+  // },
+  // tenants: {
+  //   "night-shift": {
+  //     weight: 1, // its share where tenants wait for the same
+  //     priority: "default", // interactive, default, batch
+  //     models: ["*"], // what it may use and sees; * is any text
+  //     concurrency: 4, // requests at once; absent: no limit
+  //     requestsPerMinute: 60, // absent: no limit
+  //     maxOutputTokens: 4096, // cap on one answer; absent: none
+  //     budgets: [{ tokens: 2_000_000, window: "day" }], // "90s", "5m", "1h", "day", "month"
+  //   },
+  // },
+  // cache: {
+  //   enabled: true, // answers that would be the same again: temperature 0, and embeddings
+  //   maxItems: 1000,
+  //   maxBytes: 64 * 1024 * 1024, // of all of them together
+  //   ttlMs: 300_000, // for how long an answer may be given again
+  //   streamCacheDisabled: true, // false: streams too, once they are whole
+  // },
+  // redis: {
+  //   url: "${MY_REDIS}", // such as redis://127.0.0.1:6379; absent: not used
+  //   timeoutMs: 20, // no request waits longer for it
+  //   prefix: "tidegate:", // before the name of every key there
+  // },
   // circuitBreaker: {
   //   failureThreshold: 3, // failures in a row after which a backend, or a model on it, is left alone
   //   resetTimeoutMs: 10_000, // for so long, doubled each time up to 8 ×

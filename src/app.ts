@@ -4,7 +4,8 @@ import { zValidator } from "@hono/zod-validator";
 import { Hono, type Context } from "hono";
 import { cors } from "hono/cors";
 import { z } from "zod";
-import type { Model } from "./core/snapshot.ts";
+import { tenantOf } from "./config.ts";
+import { visibleTo, type Model, type Snapshot } from "./core/snapshot.ts";
 import { suggest } from "./core/suggest.ts";
 import { findModel } from "./data/admit.ts";
 import { checkOrigin, identify } from "./data/identify.ts";
@@ -42,6 +43,13 @@ const EXPOSED = [
   "x-tidegate-reason",
   "x-tidegate-attempts",
   "x-tidegate-cache",
+  "age",
+  "x-ratelimit-limit-requests",
+  "x-ratelimit-remaining-requests",
+  "x-ratelimit-reset-requests",
+  "x-ratelimit-limit-tokens",
+  "x-ratelimit-remaining-tokens",
+  "x-ratelimit-reset-tokens",
   "server-timing",
   "retry-after",
   "retry-after-ms",
@@ -68,10 +76,16 @@ export interface AppOptions {
   operations: Operations;
 }
 
+/** What the routes share: who is at the other end, and below `/v1` what that caller may see. */
+interface Env {
+  Bindings: Peer;
+  Variables: { visible: Snapshot };
+}
+
 /** The route table: every path the gateway answers. */
-export function createApp(plane: Plane, options: AppOptions): Hono<{ Bindings: Peer }> {
+export function createApp(plane: Plane, options: AppOptions): Hono<Env> {
   const { version, startedAt, readiness, operations } = options;
-  const app = new Hono<{ Bindings: Peer }>();
+  const app = new Hono<Env>();
 
   // First of all: what the operator may do is nobody else's business, allowed origins included.
   app.use("/admin/*", operatorsOnly(operations));
@@ -89,18 +103,21 @@ export function createApp(plane: Plane, options: AppOptions): Hono<{ Bindings: P
     if (isAnthropic(context)) context.header("request-id", id);
   });
   app.use("/v1/*", async (context, next) => {
-    identify(context.req.raw.headers, plane.access);
+    // Of one configuration: a reload may come while a token is looked at.
+    const { config, access } = plane;
+    const { models } = tenantOf(config, await identify(context.req.raw.headers, access));
+    context.set("visible", visibleTo(plane.snapshot(), models));
     await next();
   });
   app.get("/v1/models", zValidator("query", modelQuery, refuseInvalid), (context) => {
-    const { models } = plane.snapshot();
+    const { models } = context.get("visible");
     if (!isAnthropic(context)) {
       return context.json({ object: "list", data: models.map(openaiModel) });
     }
     return context.json(anthropicPage(models, context.req.valid("query")));
   });
   app.get("/v1/models/:id{.+}", zValidator("param", modelParam, refuseInvalid), (context) => {
-    const model = findModel(plane.snapshot(), context.req.valid("param").id);
+    const model = findModel(context.get("visible"), context.req.valid("param").id);
     return context.json(isAnthropic(context) ? anthropicModel(model) : openaiModel(model));
   });
   app.get("/health", (context) => {
@@ -155,7 +172,7 @@ function corsForAllowed(plane: Plane) {
 }
 
 /** A path that exists, asked with another method. */
-function refuseOtherMethods(app: Hono<{ Bindings: Peer }>) {
+function refuseOtherMethods(app: Hono<Env>) {
   const methods = new Map<string, Set<string>>();
   for (const { path, method } of app.routes) {
     if (method === "ALL") continue;

@@ -93,18 +93,90 @@ const model = z.strictObject({
   concurrency: count.optional().describe("Requests at once over all backends."),
   maxOutputTokens: count
     .optional()
-    .describe("Cap on the tokens of one answer. In effect from a later version."),
+    .describe("Cap on the tokens of one answer: put in where the client set none or more."),
 });
 
+const tenantOfKey = z
+  .string()
+  .min(1)
+  .default("default")
+  .describe("Whose key it is: a name in `tenants`.");
+
 const apiKey = z.union([
-  z.strictObject({ key: z.string().min(1).describe("In clear, or `${VAR}`.") }),
+  z.strictObject({
+    key: z.string().min(1).describe("In clear, or `${VAR}`."),
+    tenant: tenantOfKey,
+  }),
   z.strictObject({
     hash: z
       .string()
       .regex(/^sha256:[0-9a-f]{64}$/, 'expected "sha256:" and 64 hex digits')
-      .describe('`"sha256:"` and 64 hex digits.'),
+      .describe('`"sha256:"` and 64 hex digits, as `tidegate key create` prints them.'),
+    tenant: tenantOfKey,
   }),
 ]);
+
+/** What a public key can verify. Symmetric algorithms are none of them: their key signs as well. */
+const ALGORITHMS = [
+  "RS256",
+  "RS384",
+  "RS512",
+  "PS256",
+  "PS384",
+  "PS512",
+  "ES256",
+  "ES384",
+  "ES512",
+  "EdDSA",
+] as const;
+
+const tokenIssuer = z.strictObject({
+  issuer: z.string().min(1).describe("What `iss` of a token has to be."),
+  audience: z.string().min(1).describe("What `aud` has to be, or contain."),
+  jwksUrl: httpUrl.optional().describe("Where the issuer's public keys are."),
+  jwksFile: z.string().min(1).optional().describe("A file with them, in the place of a URL."),
+  algorithms: z
+    .array(z.enum(ALGORITHMS))
+    .min(1)
+    .default(["RS256", "ES256", "EdDSA"])
+    .describe("How a token may be signed."),
+  toleranceS: z.number().int().min(0).default(5).describe("How far clocks may differ, seconds."),
+  tenantClaim: z
+    .string()
+    .min(1)
+    .default("tenant")
+    .describe("The claim that names the tenant; dots lead into objects."),
+});
+
+const PRIORITIES = ["interactive", "default", "batch"] as const;
+export type Priority = (typeof PRIORITIES)[number];
+
+const budget = z.strictObject({
+  tokens: count.describe("Prompt and answer together."),
+  window: z
+    .string()
+    .regex(
+      /^(?:[1-9]\d*[smh]|day|month)$/,
+      'expected a time such as "90s", "5m" or "1h", "day" or "month"',
+    )
+    .describe('`"90s"`, `"5m"`, `"1h"` slide; `"day"`, `"month"` are those of the calendar, UTC.'),
+});
+
+const tenant = z.strictObject({
+  weight: z.number().positive().default(1).describe("Its share where tenants wait for the same."),
+  priority: z
+    .enum(PRIORITIES)
+    .default("default")
+    .describe("Who is served first; a request may lower its own by `x-tidegate-priority`."),
+  models: z
+    .array(z.string().min(1))
+    .default(["*"])
+    .describe("What it may use and sees, by public name; `*` is any text."),
+  concurrency: count.optional().describe("Requests at once."),
+  requestsPerMinute: count.optional().describe("Requests that are not answered from the cache."),
+  maxOutputTokens: count.optional().describe("Cap on the tokens of one answer."),
+  budgets: z.array(budget).default([]).describe("Tokens per time; all of them hold."),
+});
 
 const METRIC_LABELS = ["model", "backend_id", "cache_hit", "status", "tenant", "endpoint"] as const;
 export type MetricLabel = (typeof METRIC_LABELS)[number];
@@ -174,14 +246,32 @@ const sections = {
     graceMs: ms.default(30_000).describe("Then for running answers."),
   }),
   auth: z.strictObject({
-    keys: z.array(apiKey).default([]).describe("Who may call. Empty: everyone who can connect."),
+    keys: z
+      .array(apiKey)
+      .default([])
+      .describe("Who may call. Neither these nor `auth.jwt`: everyone who can connect."),
+    jwt: z.array(tokenIssuer).default([]).describe("Whose tokens are taken as well."),
   }),
   cache: z.strictObject({
-    enabled: z.boolean().default(true).describe("In effect from a later version."),
-    maxItems: count.default(1000).describe("In effect from a later version."),
-    maxBytes: size.default(64 * MIB).describe("In effect from a later version."),
-    ttlMs: ms.default(300_000).describe("In effect from a later version."),
-    streamCacheDisabled: z.boolean().default(true).describe("In effect from a later version."),
+    enabled: z
+      .boolean()
+      .default(true)
+      .describe("Keeps answers that would be the same again: `temperature: 0`, and embeddings."),
+    maxItems: count.default(1000).describe("Answers; the one not used for longest goes first."),
+    maxBytes: size.default(64 * MIB).describe("Of all of them together."),
+    ttlMs: ms.min(1).default(300_000).describe("For how long an answer may be given again."),
+    streamCacheDisabled: z
+      .boolean()
+      .default(true)
+      .describe("`false`: streams are kept too, once they are whole, and played again."),
+  }),
+  redis: z.strictObject({
+    url: z
+      .url({ protocol: /^rediss?$/, error: "expected a URL such as redis://127.0.0.1:6379" })
+      .optional()
+      .describe("Redis or Valkey, shared with other gateways. Absent: not used."),
+    timeoutMs: ms.min(1).default(20).describe("No request waits longer for it."),
+    prefix: z.string().default("tidegate:").describe("Before the name of every key there."),
   }),
   circuitBreaker: z.strictObject({
     failureThreshold: count
@@ -238,8 +328,16 @@ export const schema = z.strictObject({
   timeouts: sections.timeouts.prefault({}).describe("Each limit has one meaning."),
   limits: sections.limits.prefault({}).describe("What may be in memory."),
   drain: sections.drain.prefault({}).describe("The end of the process, after SIGTERM or SIGINT."),
-  auth: sections.auth.prefault({}).describe("Keys of clients."),
-  cache: sections.cache.optional().describe("Accepted; in effect from a later version."),
+  auth: sections.auth.prefault({}).describe("Keys and tokens of clients."),
+  tenants: z
+    .record(
+      z.string().regex(/^[\w.-]{1,64}$/, "expected a name of letters, digits, . _ and -"),
+      tenant,
+    )
+    .default({})
+    .describe("Who shares this gateway, and how. `default` always exists."),
+  cache: sections.cache.prefault({}).describe("Answers that need not be made again."),
+  redis: sections.redis.prefault({}).describe("What several gateways share."),
   circuitBreaker: sections.circuitBreaker
     .prefault({})
     .describe("Leaves backends, and models on them, alone while they fail."),
@@ -251,8 +349,16 @@ export const schema = z.strictObject({
 /** The configuration as code reads it: checked, with every default in its place. */
 export type Config = z.output<typeof schema>;
 export type BackendConfig = Config["backends"][number];
+export type TenantConfig = Config["tenants"][string];
 /** The configuration as people write it. */
 export type ConfigInput = z.input<typeof schema>;
+
+const UNLISTED: TenantConfig = tenant.parse({});
+
+/** A tenant's settings; `default` exists whether it is listed or not. */
+export function tenantOf(config: Config, name: string): TenantConfig {
+  return Object.hasOwn(config.tenants, name) ? (config.tenants[name] ?? UNLISTED) : UNLISTED;
+}
 
 type Frozen<T> = T extends readonly (infer Item)[]
   ? readonly Frozen<Item>[]

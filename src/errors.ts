@@ -16,6 +16,7 @@ const TABLE = {
   request_too_large: [413, "invalid_request_error"],
   unsupported_media_type: [415, "invalid_request_error"],
   rate_limit_exceeded: [429, "rate_limit_error"],
+  insufficient_quota: [429, "insufficient_quota"],
   /** Only ever in the record: nobody is left to read it. */
   client_closed_request: [499, "invalid_request_error"],
   internal_error: [500, "server_error"],
@@ -24,10 +25,13 @@ const TABLE = {
   upstream_error: [502, "server_error"],
   upstream_invalid_response: [502, "server_error"],
   upstream_incomplete: [502, "server_error"],
+  /** Only ever inside a stream. */
+  output_limit_exceeded: [502, "server_error"],
   no_backend_available: [503, "server_error"],
   overloaded: [503, "server_error"],
   shutting_down: [503, "server_error"],
   upstream_timeout: [504, "server_error"],
+  not_cached: [504, "invalid_request_error"],
 } as const;
 
 export type ErrorCode = keyof typeof TABLE;

@@ -1,21 +1,30 @@
 import type { Peer } from "./admin/api.ts";
 import { Operations } from "./admin/operations.ts";
 import { createApp } from "./app.ts";
-import type { Config } from "./config.ts";
+import { tenantOf, type Config } from "./config.ts";
 import { Control } from "./control/control.ts";
 import type { Address } from "./control/names.ts";
 import { Reloader } from "./control/reload.ts";
 import type { Place } from "./control/search.ts";
+import { limitsOf } from "./core/budget.ts";
+import { Estimates } from "./core/estimate.ts";
 import { RetryBudget } from "./core/retries.ts";
 import type { Snapshot } from "./core/snapshot.ts";
+import { waitingOf } from "./data/admit.ts";
 import type { Exchange } from "./data/exchange.ts";
 import { prepareAccess } from "./data/identify.ts";
 import { shuttingDown } from "./data/pipeline.ts";
 import type { Plane } from "./data/plane.ts";
 import { Fleet } from "./fleet/fleet.ts";
 import type { Settings, Sources } from "./settings/load.ts";
+import { Answers } from "./stores/answers.ts";
+import { MemoryLedger } from "./stores/ledger.ts";
+import { RedisAnswers } from "./stores/redis-answers.ts";
+import { RedisLedger } from "./stores/redis-ledger.ts";
+import { RedisLink } from "./stores/redis.ts";
 import type { Log } from "./telemetry/log.ts";
 import { Metrics } from "./telemetry/metrics.ts";
+import { TenantUsage } from "./telemetry/tenants.ts";
 import { startTracing, tracingWanted, untraced, type Tracing } from "./telemetry/tracing.ts";
 
 /** What only the process knows. */
@@ -60,6 +69,9 @@ export interface Gateway {
 /** How often it is looked whether requests have ended. */
 const POLL_MS = 20;
 
+/** Forgets what was kept. */
+const NO_CACHE = { maxItems: 1, maxBytes: 0, ttlMs: 1 };
+
 /** Puts everything together and looks at every backend once. */
 export async function startGateway(
   settings: Settings,
@@ -89,13 +101,20 @@ export async function startGateway(
   const exchanges = new Set<Exchange>();
   const plane: Plane = {
     config: settings.config,
-    access: prepareAccess(settings.config, settings.environmentKeys),
+    access: prepareAccess(settings.config, settings.environmentKeys, settings.keyFiles),
     fleet,
     log,
     metrics: null,
     tracing: untraced,
     exchanges,
     retries: new RetryBudget(),
+    answers: new Answers(settings.config.cache),
+    sharedAnswers: null,
+    flights: new Map(),
+    ledger: new MemoryLedger(Date.now),
+    estimates: new Estimates(),
+    tenants: new TenantUsage(),
+    atOnce: new Map(),
     heldBytes: 0,
     admitting: true,
     now,
@@ -111,16 +130,29 @@ export async function startGateway(
     },
     done: (ok) => plane.metrics?.reload(ok),
   });
-  const operations = new Operations(control, fleet, reloader);
+  const operations = new Operations(control, fleet, reloader, {
+    running: () =>
+      [...exchanges].map((exchange) => {
+        const queued = waitingOf(exchange.flight ?? exchange) !== null;
+        return { tenant: exchange.tenant, queued };
+      }),
+    ledger: () => plane.ledger,
+    usage: plane.tenants,
+  });
   const gauges = {
     snapshot: () => control.snapshot,
     usage: () => fleet.usage(),
-    running: () => [...exchanges].map((exchange) => exchange.record),
+    running: () => [...exchanges].map((exchange) => (exchange.flight ?? exchange).record),
+    cache: () => plane.answers,
+    budgets: budgetsInUse,
     heldBytes: () => plane.heldBytes,
     breakers: () => fleet.breakers(),
     reloaded: () => reloader.last?.ok ?? true,
   };
 
+  let link: RedisLink | null = null;
+  shareOver(settings.config);
+  shareAnswers(settings.config);
   let traced: Promise<void> = Promise.resolve();
   let firstRound = false;
   let draining = false;
@@ -144,6 +176,36 @@ export async function startGateway(
     };
   }
 
+  /** Limits and answers are shared with other gateways where there is a Redis to do it. */
+  function shareOver({ redis }: Config) {
+    void link?.close();
+    link = null;
+    if (redis.url === undefined) {
+      plane.ledger = new MemoryLedger(Date.now);
+      return;
+    }
+    link = new RedisLink({ ...redis, url: redis.url }, (isUp, reason) => {
+      if (isUp) log.info("redis is in use");
+      else log.warn("redis is away: limits are held by share, answers are not shared", { reason });
+    });
+    plane.ledger = new RedisLedger(link, Date.now);
+  }
+
+  function shareAnswers({ cache }: Config) {
+    plane.sharedAnswers = link === null || !cache.enabled ? null : new RedisAnswers(link);
+  }
+
+  async function budgetsInUse() {
+    const { config, ledger } = plane;
+    const all = Object.keys(config.tenants).map(async (tenant) => {
+      const reports = await ledger.report(tenant, limitsOf(tenantOf(config, tenant)));
+      return reports.map(({ window, limit, used, reserved }) => {
+        return { tenant, window, ratio: (used + reserved) / limit };
+      });
+    });
+    return (await Promise.all(all)).flat();
+  }
+
   function measure() {
     const { enabled, labels } = plane.config.metrics;
     if (!enabled) {
@@ -157,12 +219,15 @@ export async function startGateway(
   }
 
   /** Another configuration is in effect from here on, for whoever asks next. */
-  function take({ config, environmentKeys }: Settings) {
+  function take({ config, environmentKeys, keyFiles }: Settings) {
     const before = plane.config;
     plane.config = config;
-    plane.access = prepareAccess(config, environmentKeys);
+    plane.access = prepareAccess(config, environmentKeys, keyFiles, plane.access);
     fleet.maxLength = config.queue.maxLength;
     fleet.breaker = config.circuitBreaker;
+    plane.answers.configure(config.cache.enabled ? config.cache : NO_CACHE);
+    if (JSON.stringify(before.redis) !== JSON.stringify(config.redis)) shareOver(config);
+    shareAnswers(config);
     log.level = config.server.logLevel;
     measure();
     app = createApp(plane, appOptions());
@@ -218,6 +283,7 @@ export async function startGateway(
       reloader.stop();
       control.stop();
       fleet.close();
+      await link?.close();
       plane.metrics?.close();
       await plane.tracing.stop();
     },

@@ -1,10 +1,9 @@
 import process from "node:process";
-import { parseArgs } from "node:util";
 import { serve as serveNode } from "@hono/node-server";
 import manifest from "../package.json" with { type: "json" };
+import { readArguments, usageError } from "./arguments.ts";
 import { banner } from "./banner.ts";
 import { isLoopback } from "./caller.ts";
-import { suggest } from "./core/suggest.ts";
 import { resolveA } from "./control/names.ts";
 import { startGateway, type Gateway } from "./gateway.ts";
 import { ConfigError, loadSettings, type Settings, type Sources } from "./settings/load.ts";
@@ -39,11 +38,6 @@ const RUNTIME = typeof Bun === "undefined" ? `deno ${Deno.version.deno}` : `bun 
 /** Requests to engines at once where Bun's own limit (256, silently queued) was not raised. */
 const UNRAISED_LIMIT = 200;
 
-function usageError(message: string): never {
-  process.stderr.write(`tidegate: ${message}\nTry --help.\n`);
-  process.exit(2);
-}
-
 const OPTIONS = {
   config: { type: "string" },
   port: { type: "string" },
@@ -57,21 +51,14 @@ const OPTIONS = {
 } as const;
 
 function readFlags() {
-  try {
-    const { values } = parseArgs({ options: OPTIONS });
-    if (values.port !== undefined && !/^\d+$/.test(values.port)) {
-      usageError(`--port needs a number, not "${values.port}"`);
-    }
-    for (const flag of ["json", "print"] as const) {
-      if (values[flag] && !values.check) usageError(`--${flag} goes with --check`);
-    }
-    return values;
-  } catch (error) {
-    const message = error instanceof Error ? error.message : String(error);
-    const [, unknown = ""] = /Unknown option '--([^']+)'/.exec(message) ?? [];
-    const meant = suggest(unknown, Object.keys(OPTIONS));
-    usageError(meant === null ? message : `${message}; did you mean --${meant}?`);
+  const { values } = readArguments({ options: OPTIONS });
+  if (values.port !== undefined && !/^\d+$/.test(values.port)) {
+    usageError(`--port needs a number, not "${values.port}"`);
   }
+  for (const flag of ["json", "print"] as const) {
+    if (values[flag] && !values.check) usageError(`--${flag} goes with --check`);
+  }
+  return values;
 }
 
 function sourcesFrom(flags: ReturnType<typeof readFlags>): Sources {
@@ -192,6 +179,8 @@ async function main(): Promise<void> {
     colour: colours,
     write: (line) => void process.stdout.write(line),
   });
+  // Whoever read the output has left: to log that would say so again and again.
+  for (const stream of [process.stdout, process.stderr]) stream.on("error", () => {});
   for (const event of ["unhandledRejection", "uncaughtException"] as const) {
     process.on(event, (error: unknown) => {
       log.error(event, { detail: error instanceof Error ? error.stack : String(error) });
@@ -244,7 +233,8 @@ async function main(): Promise<void> {
       tracesTo: tracingWanted(config.telemetry, process.env)
         ? String(shown(["otlpEndpoint"], config.telemetry.otlpEndpoint ?? "as OTEL_* says"))
         : null,
-      needsKey: config.auth.keys.length > 0 || settings.environmentKeys.length > 0,
+      needsKey:
+        config.auth.keys.length + config.auth.jwt.length + settings.environmentKeys.length > 0,
       notes: settings.notes,
       colour: forced || (colours && process.stderr.isTTY === true),
     }),

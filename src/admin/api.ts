@@ -52,6 +52,7 @@ export function adminApi(operations: Operations): Hono<{ Bindings: Peer }> {
       throw error instanceof ConfigError ? invalidConfig(error) : error;
     }
   });
+  api.get("/tenants", async (context) => context.json(await operations.tenants()));
   api.get("/config", (context) =>
     context.json({ values: operations.values(), lastReload: operations.lastReload }),
   );

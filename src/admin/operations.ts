@@ -1,8 +1,12 @@
 import type { BackendAction, Control } from "../control/control.ts";
 import type { Difference, LastReload, Reloader } from "../control/reload.ts";
 import type { Backend, Snapshot } from "../core/snapshot.ts";
+import { tenantOf, type Priority } from "../config.ts";
+import { limitsOf } from "../core/budget.ts";
 import type { Fleet } from "../fleet/fleet.ts";
 import type { BreakerReport } from "../fleet/live.ts";
+import type { BudgetReport, Ledger } from "../stores/ledger.ts";
+import type { TenantUsage, Used } from "../telemetry/tenants.ts";
 import { valuesOf, type Value } from "../settings/values.ts";
 
 /** A backend as the snapshot has it, and how it is doing. Durations in milliseconds. */
@@ -18,6 +22,24 @@ export interface BackendReport extends Backend {
   lastError: { at: number; code: string } | null;
 }
 
+/** A tenant, what it is doing and what it has used since the start. */
+export interface TenantReport extends Used {
+  id: string;
+  weight: number;
+  priority: Priority;
+  inFlight: number;
+  queued: number;
+  budgets: BudgetReport[];
+}
+
+/** Where the operator's view of tenants comes from. */
+export interface Tenants {
+  /** Whose the requests in the house are, and whether they wait. */
+  running: () => Iterable<{ tenant: string; queued: boolean }>;
+  ledger: () => Ledger;
+  usage: TenantUsage;
+}
+
 export type Reloaded = Difference & { backends: BackendAction[] };
 
 /** What the operator may see and do; every change is also in the log. */
@@ -25,11 +47,13 @@ export class Operations {
   readonly #control: Control;
   readonly #fleet: Fleet;
   readonly #reloader: Reloader;
+  readonly #tenants: Tenants;
 
-  constructor(control: Control, fleet: Fleet, reloader: Reloader) {
+  constructor(control: Control, fleet: Fleet, reloader: Reloader, tenants: Tenants) {
     this.#control = control;
     this.#fleet = fleet;
     this.#reloader = reloader;
+    this.#tenants = tenants;
   }
 
   /** `admin` of the configuration in effect. */
@@ -65,6 +89,29 @@ export class Operations {
         lastError: observed?.lastError ?? null,
       };
     });
+  }
+
+  async tenants(): Promise<TenantReport[]> {
+    const { config } = this.#reloader.settings;
+    const { running, ledger, usage } = this.#tenants;
+    const inHouse = [...running()];
+    const ids = new Set(["default", ...Object.keys(config.tenants)]);
+    return Promise.all(
+      [...ids].map(async (id) => {
+        const policy = tenantOf(config, id);
+        const own = inHouse.filter(({ tenant }) => tenant === id);
+        const queued = own.filter((each) => each.queued).length;
+        return {
+          id,
+          weight: policy.weight,
+          priority: policy.priority,
+          inFlight: own.length - queued,
+          queued,
+          ...usage.of(id),
+          budgets: await ledger().report(id, limitsOf(policy)),
+        };
+      }),
+    );
   }
 
   /** @returns false when there is no such backend. */

@@ -1,4 +1,5 @@
 import type { BackendConfig, Config, Kind } from "../config.ts";
+import { matches } from "../core/pattern.ts";
 import type { Backend, Health, Model, Snapshot, Target } from "../core/snapshot.ts";
 import { modelNamed, type ListedModel } from "../engines/engine.ts";
 import { engineOf } from "../engines/kinds.ts";
@@ -40,13 +41,6 @@ export interface Facts {
 interface Offer {
   name: string;
   listed: ListedModel;
-}
-
-function matches(patterns: readonly string[], name: string): boolean {
-  return patterns.some((pattern) => {
-    const parts = pattern.split("*").map((part) => RegExp.escape(part));
-    return new RegExp(`^${parts.join(".*")}$`, "s").test(name);
-  });
 }
 
 /** The models of one backend by public name: those named, also while it is away, else those listed. */

@@ -143,8 +143,9 @@ export class Reloader {
     const { config, values } = this.#settings;
     const { host, port } = config.server;
     const { insecure } = settings.config.server;
-    const keys = settings.config.auth.keys.length + settings.environmentKeys.length;
-    if (!isLoopback(host) && !insecure && keys === 0) {
+    const { keys, jwt } = settings.config.auth;
+    const guards = keys.length + jwt.length + settings.environmentKeys.length;
+    if (!isLoopback(host) && !insecure && guards === 0) {
       const expected =
         `who may call, since the socket stays open on ${host} until a restart: keep a key, ` +
         "or set server.insecure: true to let everyone in";

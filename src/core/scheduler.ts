@@ -1,3 +1,18 @@
+import {
+  choose,
+  claimsIn,
+  createLine,
+  end,
+  headOf,
+  join,
+  leave,
+  loserTo,
+  positionIn,
+  start,
+  type Claim,
+  type Line,
+} from "./fairness.ts";
+
 /** Something of which only so much may be in use: slots, a backend's sum, places in a queue. */
 export interface Cap {
   limit: number;
@@ -5,10 +20,9 @@ export interface Cap {
 }
 
 /** One request that asks for a slot. Times are milliseconds of one monotonic clock. */
-export interface Ticket {
+export interface Ticket extends Claim {
   readonly id: string;
   readonly model: string;
-  readonly arrivedAt: number;
   /** When waiting has become pointless. */
   readonly deadlineAt: number;
   /** Backends it may not go to: they have failed it, or do not speak its path. */
@@ -22,8 +36,7 @@ interface Lane {
   shared: readonly Cap[];
   /** Places in the queue of this model, over all backends. Shared likewise. */
   places: Cap;
-  /** By arrival; a request that comes from another backend takes the place its age gives it. */
-  queue: Ticket[];
+  line: Line<Ticket>;
   /** Moving average of how long a request holds its slot, null until one has ended. */
   serviceMs: number | null;
 }
@@ -35,6 +48,8 @@ export interface SchedulerState {
   backend: Cap;
   lanes: Map<string, Lane>;
   waiting: number;
+  /** Starts since the last one that went to a lower class for its age. */
+  passed: number;
   /** The engine said that it is busy: nobody starts until then, or until somebody ends. */
   heldUntil: number | null;
 }
@@ -52,9 +67,16 @@ export type SchedulerEvent =
   | { type: "cancel"; ticket: Ticket }
   /**
    * A request that had been granted ended, however. `serviceMs` is null where it tells nothing of how
-   * long answers take; `heldUntil` is set where the engine was too busy for it.
+   * long answers take, `tokens` where it does not tell how many it was (0: the grant was given back
+   * unused); `heldUntil` is set where the engine was too busy for it.
    */
-  | { type: "complete"; ticket: Ticket; serviceMs: number | null; heldUntil: number | null }
+  | {
+      type: "complete";
+      ticket: Ticket;
+      serviceMs: number | null;
+      tokens: number | null;
+      heldUntil: number | null;
+    }
   | { type: "configure"; available: boolean; concurrency: number; lanes: readonly LanePlan[] }
   /** A shared cap has room again. */
   | { type: "room" }
@@ -81,12 +103,13 @@ const SERVICE_WEIGHT = 0.2;
 
 export function createScheduler(): SchedulerState {
   const backend = { limit: Infinity, used: 0 };
-  return { available: true, backend, lanes: new Map(), waiting: 0, heldUntil: null };
+  return { available: true, backend, lanes: new Map(), waiting: 0, passed: 0, heldUntil: null };
 }
 
 /**
- * Decides what one event means for the requests of one backend: a bounded first-come-first-served
- * queue per model in front of slots per model and per backend.
+ * Decides what one event means for the requests of one backend: a bounded queue per model, in fair
+ * order (see `choose`), in front of slots per model and per backend. No slot stays free that somebody
+ * who waits could use.
  *
  * Deterministic: `now` is an argument, and `state` is changed in place and read by nobody in between.
  */
@@ -100,22 +123,22 @@ export function step(state: SchedulerState, event: SchedulerEvent, now: number):
       take(state, event.ticket);
       break;
     case "complete":
-      complete(state, event.ticket, event.serviceMs);
+      complete(state, event);
       state.heldUntil = event.heldUntil;
       if (event.heldUntil !== null) arm(state, effects);
-      dispatch(state, effects);
+      dispatch(state, now, effects);
       break;
     case "configure":
       configure(state, event, effects);
       // A backend that was taken out and comes back has lost its timer.
       if (state.heldUntil !== null) arm(state, effects);
-      dispatch(state, effects);
+      dispatch(state, now, effects);
       break;
     case "room":
-      dispatch(state, effects);
+      dispatch(state, now, effects);
       break;
     case "elsewhere": {
-      const head = state.lanes.get(event.model)?.queue[0];
+      const head = nextOf(state, event.model);
       if (head !== undefined) reselect(state, head, effects);
       break;
     }
@@ -127,7 +150,7 @@ export function step(state: SchedulerState, event: SchedulerEvent, now: number):
     case "timer":
       if (state.heldUntil !== null && state.heldUntil <= now) state.heldUntil = null;
       expire(state, now, effects);
-      dispatch(state, effects);
+      dispatch(state, now, effects);
       break;
   }
   return effects;
@@ -136,12 +159,25 @@ export function step(state: SchedulerState, event: SchedulerEvent, now: number):
 /** Would a request of this model start at once here? */
 export function hasRoom(state: SchedulerState, model: string): boolean {
   const lane = state.lanes.get(model);
-  return lane !== undefined && lane.queue.length === 0 && mayStart(state, lane);
+  return lane !== undefined && lane.line.waiting === 0 && mayStart(state, lane);
 }
 
-/** Requests of this model that wait here ahead of the ticket; -1 when it does not wait here. */
+/** Requests of this model that start here before the ticket; -1 when it does not wait here. */
 export function positionOf(state: SchedulerState, ticket: Ticket): number {
-  return state.lanes.get(ticket.model)?.queue.indexOf(ticket) ?? -1;
+  const lane = state.lanes.get(ticket.model);
+  return lane === undefined ? -1 : positionIn(lane.line, ticket);
+}
+
+/** How long a request of this model that came now would wait here, milliseconds, from what was measured. */
+export function waitFor(state: SchedulerState, model: string): number {
+  const lane = state.lanes.get(model);
+  return lane === undefined ? 1 : waitOf(lane);
+}
+
+/** Of those who wait for this model here, the next. */
+export function nextOf(state: SchedulerState, model: string): Ticket | undefined {
+  const lane = state.lanes.get(model);
+  return lane === undefined ? undefined : headOf(lane.line);
 }
 
 function mayStart(state: SchedulerState, lane: Lane): boolean {
@@ -158,6 +194,7 @@ function grant(state: SchedulerState, lane: Lane, ticket: Ticket, effects: Sched
   lane.slots.used++;
   state.backend.used++;
   for (const cap of lane.shared) cap.used++;
+  start(lane.line, ticket);
   effects.push({ type: "grant", ticket });
 }
 
@@ -166,27 +203,37 @@ function arrive(state: SchedulerState, ticket: Ticket, now: number, effects: Sch
   // A lane that is gone keeps its counters until its last request has ended, and grants nothing.
   if (lane === undefined || lane.slots.limit === 0 || !state.available) {
     effects.push({ type: "reselect", ticket });
-  } else if (lane.queue.length === 0 && mayStart(state, lane)) {
+  } else if (lane.line.waiting === 0 && mayStart(state, lane)) {
     grant(state, lane, ticket, effects);
-  } else if (lane.places.used >= lane.places.limit) {
-    effects.push({ type: "refuse", ticket, retryAfterMs: waitOf(lane) });
   } else if (ticket.deadlineAt <= now) {
     effects.push({ type: "expire", ticket, retryAfterMs: waitOf(lane) });
-  } else {
-    const behind = lane.queue.findIndex((other) => other.arrivedAt > ticket.arrivedAt);
-    lane.queue.splice(behind === -1 ? lane.queue.length : behind, 0, ticket);
+  } else if (lane.places.used < lane.places.limit || makeRoom(state, lane, ticket, effects)) {
+    join(lane.line, ticket);
     lane.places.used++;
     state.waiting++;
     arm(state, effects);
+  } else {
+    effects.push({ type: "refuse", ticket, retryAfterMs: waitOf(lane) });
   }
+}
+
+/** Refuses somebody who waits, where the newcomer has the better claim to a place. */
+function makeRoom(
+  state: SchedulerState,
+  lane: Lane,
+  newcomer: Ticket,
+  effects: SchedulerEffect[],
+): boolean {
+  const ticket = loserTo(lane.line, newcomer);
+  if (ticket === null || !take(state, ticket)) return false;
+  effects.push({ type: "refuse", ticket, retryAfterMs: waitOf(lane) });
+  return true;
 }
 
 /** Removes a waiting ticket; false when it does not wait here. */
 function take(state: SchedulerState, ticket: Ticket): boolean {
   const lane = state.lanes.get(ticket.model);
-  const at = lane?.queue.indexOf(ticket) ?? -1;
-  if (lane === undefined || at === -1) return false;
-  lane.queue.splice(at, 1);
+  if (lane === undefined || !leave(lane.line, ticket)) return false;
   lane.places.used--;
   state.waiting--;
   return true;
@@ -197,17 +244,20 @@ function reselect(state: SchedulerState, ticket: Ticket, effects: SchedulerEffec
 }
 
 function recall(state: SchedulerState, lane: Lane, effects: SchedulerEffect[]) {
-  for (let head = lane.queue[0]; head !== undefined; head = lane.queue[0]) {
-    reselect(state, head, effects);
-  }
+  const oldestFirst = [...claimsIn(lane.line)].toSorted((a, b) => a.arrivedAt - b.arrivedAt);
+  for (const ticket of oldestFirst) reselect(state, ticket, effects);
 }
 
-function complete(state: SchedulerState, ticket: Ticket, serviceMs: number | null) {
+function complete(
+  state: SchedulerState,
+  { ticket, serviceMs, tokens }: Extract<SchedulerEvent, { type: "complete" }>,
+) {
   const lane = state.lanes.get(ticket.model);
   state.backend.used--;
   if (lane === undefined) return;
   lane.slots.used--;
   for (const cap of lane.shared) cap.used--;
+  end(lane.line, ticket, tokens);
   if (serviceMs === null) return;
   lane.serviceMs =
     lane.serviceMs === null
@@ -215,18 +265,17 @@ function complete(state: SchedulerState, ticket: Ticket, serviceMs: number | nul
       : lane.serviceMs + SERVICE_WEIGHT * (serviceMs - lane.serviceMs);
 }
 
-/** Grants to the heads of the queues, the oldest first, until nobody can start. */
-function dispatch(state: SchedulerState, effects: SchedulerEffect[]) {
+/** Grants to whoever is next, until nobody can start. */
+function dispatch(state: SchedulerState, now: number, effects: SchedulerEffect[]) {
   while (state.waiting > 0) {
-    let oldest: { lane: Lane; ticket: Ticket } | null = null;
-    for (const lane of state.lanes.values()) {
-      const [ticket] = lane.queue;
-      if (ticket === undefined || !mayStart(state, lane)) continue;
-      if (oldest === null || ticket.arrivedAt < oldest.ticket.arrivedAt) oldest = { lane, ticket };
-    }
-    if (oldest === null) return;
-    take(state, oldest.ticket);
-    grant(state, oldest.lane, oldest.ticket, effects);
+    const open = [...state.lanes.values()].filter((lane) => mayStart(state, lane));
+    const lines = open.map(({ line }) => line);
+    const next = choose(lines, state.passed, now);
+    if (next === null) return;
+    const ticket = next.claim;
+    state.passed = next.aged ? 0 : state.passed + 1;
+    grant(state, state.lanes.get(ticket.model) as Lane, ticket, effects);
+    take(state, ticket);
   }
 }
 
@@ -243,7 +292,8 @@ function configure(
     const lane = state.lanes.get(model);
     if (lane === undefined) {
       const fresh = { limit: slots, used: 0 };
-      state.lanes.set(model, { slots: fresh, shared, places, queue: [], serviceMs: null });
+      const line = createLine<Ticket>();
+      state.lanes.set(model, { slots: fresh, shared, places, line, serviceMs: null });
     } else {
       lane.slots.limit = slots;
     }
@@ -259,7 +309,7 @@ function configure(
 
 function expire(state: SchedulerState, now: number, effects: SchedulerEffect[]) {
   for (const lane of state.lanes.values()) {
-    for (const ticket of lane.queue.filter((each) => each.deadlineAt <= now)) {
+    for (const ticket of [...claimsIn(lane.line)].filter((each) => each.deadlineAt <= now)) {
       take(state, ticket);
       effects.push({ type: "expire", ticket, retryAfterMs: waitOf(lane) });
     }
@@ -270,13 +320,13 @@ function expire(state: SchedulerState, now: number, effects: SchedulerEffect[]) 
 function arm(state: SchedulerState, effects: SchedulerEffect[]) {
   let at = state.heldUntil ?? Infinity;
   for (const lane of state.lanes.values()) {
-    for (const ticket of lane.queue) at = Math.min(at, ticket.deadlineAt);
+    for (const { deadlineAt } of claimsIn(lane.line)) at = Math.min(at, deadlineAt);
   }
   if (at < Infinity) effects.push({ type: "timer", at });
 }
 
 /** How long a request that came now would wait, from what was measured. */
 function waitOf(lane: Lane): number {
-  const perSlot = (lane.queue.length + 1) / Math.max(1, lane.slots.limit);
+  const perSlot = (lane.line.waiting + 1) / Math.max(1, lane.slots.limit);
   return Math.max(1, Math.ceil(perSlot * (lane.serviceMs ?? UNMEASURED_SERVICE_MS)));
 }

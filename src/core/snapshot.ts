@@ -1,3 +1,4 @@
+import { matches } from "./pattern.ts";
 import { suggest } from "./suggest.ts";
 
 /** What the probes say of a backend; `unknown` is never probed, or too long ago. */
@@ -115,4 +116,29 @@ export function resolve(snapshot: Snapshot, asked: string): Resolution {
 /** The backend of that id in this snapshot. */
 export function backendOf(snapshot: Snapshot, id: string): Backend | undefined {
   return indexOf(snapshot).backends.get(id);
+}
+
+// For each snapshot, by the list of patterns itself: whoever asks has it from the configuration.
+const views = new WeakMap<Snapshot, WeakMap<readonly string[], Snapshot>>();
+
+/**
+ * The snapshot of whoever may use only models whose public name matches: nothing in it tells that there
+ * are others. The same object every time for the same snapshot and list.
+ */
+export function visibleTo(snapshot: Snapshot, patterns: readonly string[]): Snapshot {
+  if (patterns.includes("*")) return snapshot;
+  let ofSnapshot = views.get(snapshot);
+  if (ofSnapshot === undefined) views.set(snapshot, (ofSnapshot = new WeakMap()));
+  let view = ofSnapshot.get(patterns);
+  if (view === undefined) {
+    const isVisible = (name: string) => matches(patterns, name);
+    view = {
+      ...snapshot,
+      models: snapshot.models.filter(({ name }) => isVisible(name)),
+      withheld: snapshot.withheld.filter(isVisible),
+      warnings: [],
+    };
+    ofSnapshot.set(patterns, view);
+  }
+  return view;
 }

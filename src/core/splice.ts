@@ -24,7 +24,7 @@ function isSpace(byte: number | undefined): boolean {
 }
 
 /** The offset behind the string that opens at `start`. */
-function skipString(bytes: Uint8Array, start: number): number {
+export function skipString(bytes: Uint8Array, start: number): number {
   let quote = bytes.indexOf(QUOTE, start + 1);
   for (;;) {
     if (quote === -1) return bytes.length;

@@ -1,5 +1,6 @@
 import { concat, topLevelKeys, type Keys } from "../core/splice.ts";
 import { isRecord } from "../dialects/dialect.ts";
+import { promptSizeOf } from "../dialects/prompt-size.ts";
 import { GatewayError, quote } from "../errors.ts";
 import type { Exchange } from "./exchange.ts";
 import type { Plane } from "./plane.ts";
@@ -15,6 +16,11 @@ export interface Body {
 /** A body that may be waited for in one piece. */
 const SMALL_BYTES = 64 * 1024;
 const SIGNAL_MS = 20;
+
+const MIB = 1024 * 1024;
+/** A larger body is looked at in steps. Each takes some 2 ms per MiB, and so long is the pause behind it. */
+const LARGE_BYTES = MIB;
+const PAUSE_MS = 2;
 
 /** Replaces what is not UTF-8 by an error instead of by U+FFFD. A byte order mark is skipped. */
 const utf8 = new TextDecoder("utf-8", { fatal: true });
@@ -34,15 +40,30 @@ export async function accept(exchange: Exchange, request: Request, plane: Plane)
   }
   const body = await read(exchange, request, plane);
   exchange.check();
-  const parsed = parse(body.bytes);
+  const size = body.bytes.length;
+  if (size > LARGE_BYTES) await pause(exchange, size);
+  const text = decode(body.bytes);
+  if (size > LARGE_BYTES) await pause(exchange, size);
+  const parsed = parse(text);
+  if (size > LARGE_BYTES) await pause(exchange, size);
   body.keys = topLevelKeys(body.bytes);
+  // What comes next copies it for the engine.
+  if (size > LARGE_BYTES) await pause(exchange, size);
   refuseRepeats(body.keys, exchange.endpoint.keys);
   exchange.body = body;
   const view = exchange.endpoint.view(parsed);
   exchange.view = view;
+  exchange.fields = parsed;
+  exchange.promptSize = promptSizeOf(parsed, body.bytes.length);
   exchange.record.stream = view.stream;
   exchange.record.asked_model = view.model.slice(0, 200);
   exchange.timing.accept = plane.now() - exchange.receivedAt;
+}
+
+/** Lets the streams of others go on. By a timer: on Deno `setImmediate` comes before bytes that wait. */
+async function pause(exchange: Exchange, bytes: number): Promise<void> {
+  await new Promise((resolve) => setTimeout(resolve, (bytes / MIB) * PAUSE_MS));
+  exchange.check();
 }
 
 async function read(exchange: Exchange, request: Request, plane: Plane): Promise<Body> {
@@ -112,15 +133,26 @@ async function unreadable(exchange: Exchange, error: unknown): Promise<never> {
   });
 }
 
-function parse(bytes: Uint8Array): Record<string, unknown> {
+function decode(bytes: Uint8Array): string {
+  if (bytes.length === 0) throw new GatewayError("invalid_json", "the body is empty");
+  try {
+    return utf8.decode(bytes);
+  } catch (error) {
+    throw notJson(error);
+  }
+}
+
+function notJson(error: unknown): GatewayError {
+  const why = error instanceof Error ? error.message : String(error);
+  return new GatewayError("invalid_json", `the body is not JSON: ${quote(why)}`);
+}
+
+function parse(text: string): Record<string, unknown> {
   let parsed: unknown;
   try {
-    parsed = JSON.parse(utf8.decode(bytes));
+    parsed = JSON.parse(text);
   } catch (error) {
-    const why = error instanceof Error ? error.message : String(error);
-    const message =
-      bytes.length === 0 ? "the body is empty" : `the body is not JSON: ${quote(why)}`;
-    throw new GatewayError("invalid_json", message);
+    throw notJson(error);
   }
   if (!isRecord(parsed)) {
     throw new GatewayError("invalid_json", "the body has to be a JSON object");
@@ -128,10 +160,19 @@ function parse(bytes: Uint8Array): Record<string, unknown> {
   return parsed;
 }
 
-/** Gateway and engine could read different values of a key that stands twice. */
+/**
+ * Gateway and engine could read different values of a key that stands twice. To Go, that is to Ollama,
+ * `Model` and `MODEL` are `model` as well, and the last one counts.
+ */
 function refuseRepeats(keys: Keys, acted: readonly string[]) {
   const seen = new Set<string>();
   for (const { name } of keys) {
+    const meant = folded(name);
+    if (meant !== name && acted.includes(meant)) {
+      throw new GatewayError("invalid_parameter", `${quote(name)} has to be written ${meant}`, {
+        param: meant,
+      });
+    }
     if (seen.has(name) && acted.includes(name)) {
       throw new GatewayError("duplicate_parameter", `${name} stands more than once in the body`, {
         param: name,
@@ -139,4 +180,9 @@ function refuseRepeats(keys: Keys, acted: readonly string[]) {
     }
     seen.add(name);
   }
+}
+
+/** As Go compares names: regardless of case, where the long s and the Kelvin sign are s and k. */
+function folded(name: string): string {
+  return name.toUpperCase().toLowerCase();
 }

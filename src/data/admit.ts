@@ -17,12 +17,17 @@ export interface Waiting {
   reason: string;
 }
 
-/** Where an exchange stands in a queue, while it stands in one. */
-const places = new WeakMap<Exchange, Place>();
+/** Where an exchange stands in a queue, while it stands in one, and how it gives that place up. */
+const places = new WeakMap<Exchange, { place: Place; leave: () => void }>();
 
 export function waitingOf(exchange: Exchange): Waiting | null {
-  const position = places.get(exchange)?.position() ?? -1;
+  const position = places.get(exchange)?.place.position() ?? -1;
   return position < 0 ? null : { position, reason: "waiting for a slot" };
+}
+
+/** Lets a request that waits choose again, since its priority or its deadline is another one now. */
+export function reconsider(exchange: Exchange): void {
+  places.get(exchange)?.leave();
 }
 
 /**
@@ -118,13 +123,7 @@ export async function admit(
   const choices: AdmitOptions = { ...options, mayWait: () => (waits ??= options.mayWait()) };
   const patience = patienceOf(exchange);
   let model = resolveModel(exchange, plane);
-  let ticket: Ticket = {
-    id: exchange.id,
-    model: model.name,
-    arrivedAt: exchange.receivedAt,
-    deadlineAt: deadlineOf(exchange),
-    barred: barredFor(exchange, plane, model, options.tried),
-  };
+  let ticket = ticketFor(exchange, plane, model, options.tried);
   let endSpan: (() => void) | null = null;
   try {
     for (;;) {
@@ -139,11 +138,10 @@ export async function admit(
       const decided = await admission;
       exchange.check();
       if (decided.type === "granted") return decided.permit;
-      if (decided.type === "refused") throw refusal(decided, model, patience);
-      exchange.snapshot = plane.snapshot();
+      if (decided.type === "refused") throw refusal(decided, model.name, patience);
+      exchange.renew();
       model = resolveModel(exchange, plane);
-      const barred = barredFor(exchange, plane, model, options.tried);
-      ticket = { ...ticket, model: model.name, barred };
+      ticket = ticketFor(exchange, plane, model, options.tried);
     }
   } finally {
     places.delete(exchange);
@@ -153,6 +151,27 @@ export async function admit(
       exchange.record.queue_ms = Math.round(exchange.timing.queue);
     }
   }
+}
+
+/** What the schedulers look at, as it is now: who joins a flight may change it. */
+function ticketFor(
+  exchange: Exchange,
+  plane: Plane,
+  model: Model,
+  tried: ReadonlySet<string>,
+): Ticket {
+  return {
+    id: exchange.id,
+    model: model.name,
+    flow: exchange.tenant,
+    priority: exchange.priority,
+    weight: exchange.policy.weight,
+    // What cannot be foreseen counts as a request at least.
+    tokens: Math.max(1, exchange.expectedTokens),
+    arrivedAt: exchange.receivedAt,
+    deadlineAt: deadlineOf(exchange),
+    barred: barredFor(exchange, plane, model, tried),
+  };
 }
 
 function barredFor(
@@ -205,14 +224,15 @@ function ask(
     resolveLater(admission);
   });
   if (decided !== null) return { backend: target.backend, reason, place, admission: decided };
-  places.set(exchange, place);
   const admission = new Promise<Admission>((resolve) => {
     resolveLater = resolve;
-    exchange.own(() => {
-      // Gives back a permit that is granted too late as well; whoever awaits finds the exchange ended.
+    // Gives back a permit that is granted too late as well; whoever awaits finds the exchange ended.
+    const give = () => {
       place.leave();
       resolve({ type: "reselect" });
-    });
+    };
+    exchange.own(give);
+    places.set(exchange, { place, leave: () => place.position() >= 0 && give() });
   });
   return { backend: target.backend, reason, place, admission };
 }
@@ -235,11 +255,11 @@ function choose(
 }
 
 function refusal(
-  decided: Extract<Admission, { type: "refused" }>,
-  model: Model,
+  decided: Omit<Extract<Admission, { type: "refused" }>, "type">,
+  model: string,
   patience: number,
 ): GatewayError {
-  const name = quote(model.name);
+  const name = quote(model);
   const message =
     decided.cause === "full"
       ? `the queue for model ${name} is full (queue.maxLength)`
@@ -265,7 +285,15 @@ function patienceOf(exchange: Exchange): number {
 
 /** When waiting has become pointless, on the clock of the plane. */
 export function deadlineOf(exchange: Exchange): number {
-  return exchange.receivedAt + patienceOf(exchange);
+  return exchange.waitsForOthers ? Infinity : exchange.receivedAt + patienceOf(exchange);
+}
+
+/** Refuses a request whose flight still has no slot, now that this one can wait no longer. */
+export function stopWaiting(exchange: Exchange, flight: Exchange, plane: Plane): void {
+  if (waitingOf(flight) === null) return;
+  const { backend_id, model } = flight.record;
+  const retryAfterMs = plane.fleet.expectedWaitMs(backend_id ?? "", model ?? "");
+  exchange.fail(refusal({ cause: "expired", retryAfterMs }, model ?? "", patienceOf(exchange)));
 }
 
 /** The client's own time-out in milliseconds, as the official SDKs send it; null when they do not. */

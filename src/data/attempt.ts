@@ -1,5 +1,5 @@
 import { judge, type Fault, type Verdict } from "../core/outcome.ts";
-import { emptyFacts, type AnswerFacts } from "../dialects/dialect.ts";
+import { emptyFacts, outputTokens, type AnswerFacts } from "../dialects/dialect.ts";
 import { GatewayError } from "../errors.ts";
 import type { Permit } from "../fleet/fleet.ts";
 import type { AttemptTrace } from "../telemetry/tracing.ts";
@@ -28,6 +28,8 @@ export class UpstreamAttempt implements Attempt {
   readonly facts: AnswerFacts = emptyFacts();
   readonly permit: Permit;
   readonly sentAt: number;
+  /** Tokens that its prompt is expected to be. */
+  promptTokens = 0;
   /** When tokens came, on the clock of the plane. */
   #firstTokenAt: number | null = null;
   #lastTokenAt: number | null = null;
@@ -100,7 +102,17 @@ export class UpstreamAttempt implements Attempt {
     // Tokens that came in one piece tell no speed.
     const lasted = (this.#lastTokenAt ?? 0) - (this.#firstTokenAt ?? 0);
     const tokensPerSecond = interTokenMs === null || lasted < 1 ? null : 1000 / interTokenMs;
-    this.permit.release(verdict, { at: Date.now(), ttftMs, tokensPerSecond, error: cause });
+    const tokens = this.#tokens(verdict);
+    this.permit.release(verdict, { at: Date.now(), ttftMs, tokensPerSecond, error: cause, tokens });
+  }
+
+  /** Prompt and answer, as far as anybody can tell. */
+  #tokens(verdict: Verdict): number | null {
+    const { usage, deltas } = this.facts;
+    if (usage !== null) return usage.input + outputTokens(this.facts);
+    if (deltas > 0) return this.promptTokens + deltas;
+    // Refused, or to be done again elsewhere: it has not been served here.
+    return this.response?.ok === false || verdict.retry === "elsewhere" ? 0 : null;
   }
 }
 

@@ -1,9 +1,16 @@
-import type { Config } from "../config.ts";
+import { tenantOf, type Config, type Priority, type TenantConfig } from "../config.ts";
+import type { PromptSize } from "../core/estimate.ts";
 import { judge, SUCCESS, type Fault, type Verdict } from "../core/outcome.ts";
-import type { Snapshot } from "../core/snapshot.ts";
+import { visibleTo, type Snapshot } from "../core/snapshot.ts";
 import { anthropic } from "../dialects/anthropic.ts";
-import type { AnswerFacts, Dialect, Endpoint, View } from "../dialects/dialect.ts";
-import { GatewayError } from "../errors.ts";
+import {
+  outputTokens,
+  type AnswerFacts,
+  type Dialect,
+  type Endpoint,
+  type View,
+} from "../dialects/dialect.ts";
+import { GatewayError, quote } from "../errors.ts";
 import {
   newRecord,
   rounded,
@@ -14,6 +21,7 @@ import {
 import type { RequestTrace } from "../telemetry/tracing.ts";
 import type { Body } from "./accept.ts";
 import type { Plane } from "./plane.ts";
+import { count, report } from "./report.ts";
 
 /** One request sent to one backend, as the exchange sees it. */
 export interface Attempt {
@@ -27,6 +35,7 @@ export interface Attempt {
 /** Where the time went, milliseconds; shown in `server-timing`. */
 export interface Timing {
   accept?: number;
+  cache?: number;
   queue?: number;
   retry?: number;
   connect?: number;
@@ -34,9 +43,19 @@ export interface Timing {
   generate?: number;
 }
 
+const PRIORITIES: readonly Priority[] = ["interactive", "default", "batch"];
+
+/** The one that is served first. */
+export function sooner(a: Priority, b: Priority): Priority {
+  return PRIORITIES.indexOf(a) <= PRIORITIES.indexOf(b) ? a : b;
+}
+
 /**
  * One request from identify to the end of its body. Everything acquired hangs on it, and `settle`,
  * which acts once, is the only place that releases.
+ *
+ * A flight has one too, without a client: made from the exchange that it begins for, it does that
+ * one's work under the same trace and leaves the telling to those who wait for it.
  */
 export class Exchange {
   readonly id: string = crypto.randomUUID();
@@ -53,38 +72,110 @@ export class Exchange {
   snapshot: Snapshot;
   readonly record: RequestRecord;
   readonly trace: RequestTrace;
-  readonly timing: Timing = { accept: 0, queue: 0 };
+  readonly timing: Timing = { accept: 0, cache: 0, queue: 0 };
   /** On the clock of the plane. */
   readonly receivedAt: number;
 
+  /** Whose request it is, and what that tenant may; known once it is identified. */
+  tenant = "default";
+  policy: TenantConfig;
+  priority: Priority = "default";
+  /** Cap on the tokens of the answer, from model and tenant; null for none. */
+  outputCap: number | null = null;
+  /** Tokens that prompt and answer are expected to be. */
+  expectedTokens = 0;
+  /** How much there is to read, and the tokens that it is expected to be. */
+  promptSize: PromptSize = { bytes: 0, messages: 0, images: 0 };
+  promptTokens = 0;
+  /** Of the prompt's tokens those that the engine had computed before. */
+  cachedTokens = 0;
+  /** A flight waits for a slot as long as anybody waits for it; each of them has its own limit. */
+  readonly waitsForOthers: boolean;
+  /** An answer in one piece is held up to this, bytes; a larger one is passed on as it comes. */
+  holdBytes: number;
   phase: Phase = "queued";
+  /** The parsed body, until it is known whether its answer may be kept. */
+  fields: Record<string, unknown> | null = null;
   view: View | null = null;
   body: Body | null = null;
+  /** The one under way. */
   attempt: Attempt | null = null;
+  lastAttempt: Attempt | null = null;
   /** Status and headers are out, by a heartbeat or by the engine's first byte. */
   opened = false;
+  /** The flight whose answer this request waits for: what it acquires is the flight's. */
+  flight: Exchange | null = null;
+  /** Further headers of the answer: rate limits, the age of what was kept. */
+  readonly headersOut: Record<string, string> = {};
+  /** Called once, when everything has been released. */
+  onEnd: () => void;
 
   readonly #plane: Plane;
   readonly #releases = new Set<() => void>();
   #error: GatewayError | null = null;
   #ended = false;
 
-  constructor(plane: Plane, endpoint: Endpoint, request: Request) {
-    // Null where the Host header is no host: whoever checks it refuses the request.
-    const url = URL.parse(request.url);
+  /** @param origin a client's request, or the exchange that a flight begins for. */
+  constructor(plane: Plane, endpoint: Endpoint, origin: Request | Exchange) {
+    const leader = origin instanceof Exchange ? origin : null;
     this.#plane = plane;
-    this.config = plane.config;
     this.endpoint = endpoint;
-    this.dialect = request.headers.has("anthropic-version") ? anthropic : endpoint.dialect;
-    this.headers = request.headers;
-    this.path = endpoint.path + (url?.search ?? "");
-    this.snapshot = plane.snapshot();
+    this.headers = origin.headers;
+    this.dialect = origin.headers.has("anthropic-version") ? anthropic : endpoint.dialect;
     this.receivedAt = plane.now();
     this.record = newRecord(this.id, endpoint.path);
-    this.record.client_request_id = request.headers.get("x-request-id")?.slice(0, 100) ?? null;
-    this.trace = plane.tracing.request("POST", endpoint.path, request.headers);
+    this.config = leader?.config ?? plane.config;
+    this.holdBytes = this.config.limits.bufferBytes;
+    this.waitsForOthers = leader !== null;
+    this.policy = leader?.policy ?? tenantOf(plane.config, this.tenant);
+    this.snapshot = leader?.snapshot ?? plane.snapshot();
+    if (leader !== null) {
+      this.path = leader.path;
+      this.trace = leader.trace;
+      this.tenant = leader.tenant;
+      this.priority = leader.priority;
+      this.outputCap = leader.outputCap;
+      this.view = leader.view;
+      this.promptSize = leader.promptSize;
+      this.record.model = leader.record.model;
+      this.onEnd = () => {};
+      return;
+    }
+    const request = origin as Request;
+    // Null where the Host header is no host: whoever checks it refuses the request.
+    this.path = endpoint.path + (URL.parse(request.url)?.search ?? "");
+    this.record.client_request_id = this.headers.get("x-request-id")?.slice(0, 100) ?? null;
+    this.trace = plane.tracing.request("POST", endpoint.path, this.headers);
     this.record.trace_id = this.trace.traceId;
+    this.onEnd = () => report(this, plane);
     plane.exchanges.add(this);
+  }
+
+  /**
+   * From here on it is this tenant's: what it may see, and how urgent it is.
+   *
+   * @throws GatewayError `invalid_parameter` for a priority that does not exist.
+   */
+  identified(tenant: string): void {
+    this.tenant = tenant;
+    this.record.tenant = tenant;
+    this.policy = tenantOf(this.config, tenant);
+    this.priority = this.policy.priority;
+    const asked = this.headers.get("x-tidegate-priority");
+    if (asked !== null) {
+      const lowered = PRIORITIES.find((each) => each === asked.toLowerCase());
+      if (lowered === undefined) {
+        const message = `x-tidegate-priority ${quote(asked)} is none of ${PRIORITIES.join(", ")}`;
+        throw new GatewayError("invalid_parameter", message, { param: "x-tidegate-priority" });
+      }
+      if (sooner(this.priority, lowered) === this.priority) this.priority = lowered;
+    }
+    this.renew();
+  }
+
+  /** Takes the newest snapshot, as far as the tenant may see it. */
+  renew(): void {
+    this.snapshot = visibleTo(this.#plane.snapshot(), this.policy.models);
   }
 
   get ended(): boolean {
@@ -140,7 +231,7 @@ export class Exchange {
   cancel(): void {
     if (this.phase === "streaming" && this.attempt?.facts.ended === true) return this.complete();
     const error = new GatewayError("client_closed_request", "the client left");
-    this.#settle("cancelled", error, this.phase, judge("ended"));
+    this.#settle("cancelled", error, this.flight?.phase ?? this.phase, judge("ended"));
   }
 
   /**
@@ -156,37 +247,40 @@ export class Exchange {
     this.#settle("completed", null, null, SUCCESS);
   }
 
+  /** The attempt under way is over; the record keeps what it told of tokens. */
+  endAttempt(verdict: Verdict, cause: string | null): void {
+    const { attempt, record } = this;
+    if (attempt === null) return;
+    this.lastAttempt = attempt;
+    this.attempt = null;
+    const { usage } = attempt.facts;
+    const counted = outputTokens(attempt.facts);
+    if (usage !== null || record.stream) {
+      record.tokens_generated = (record.tokens_generated ?? 0) + counted;
+    }
+    if (usage !== null) record.tokens_input = (record.tokens_input ?? 0) + usage.input;
+    record.tokens_estimated ||= record.stream && counted !== usage?.output;
+    this.cachedTokens += usage?.cached ?? 0;
+    attempt.end(verdict, cause);
+  }
+
   #settle(ending: Ending, error: GatewayError | null, cause: string | null, verdict: Verdict) {
     if (this.#ended) return;
     this.#ended = true;
     this.#error = error;
-    const { record, attempt } = this;
+    const { record } = this;
     record.ending = ending;
     record.cause = cause;
     record.latency_ms = rounded(this.#plane.now() - this.receivedAt);
     if (record.status === 0) record.status = error?.status ?? 200;
-    if (attempt !== null) fillTokens(record, attempt.facts);
-    attempt?.end(verdict, ending === "failed" ? cause : null);
+    this.endAttempt(verdict, ending === "failed" ? cause : null);
+    // What a flight did is counted as its own.
+    if (record.attempts > 0 && this.flight === null) count(this, this.#plane);
     for (const release of this.#releases) release();
     this.#releases.clear();
     this.body = null;
     this.#plane.exchanges.delete(this);
-    this.#report(error);
-  }
-
-  #report(error: GatewayError | null) {
-    const { record, attempt, trace } = this;
-    const { log, metrics } = this.#plane;
-    if (record.ending === "cancelled") trace.event("abort", { phase: record.cause ?? "" });
-    if (record.cause === "upstream_incomplete") trace.event("truncated");
-    if (record.cause === "upstream_timeout") trace.event("stall");
-    trace.end(record);
-    log.request(record, error?.detail ?? null);
-    metrics?.request(record, {
-      cachedTokens: attempt?.facts.usage?.cached ?? null,
-      interTokenMs: attempt?.interTokenMs() ?? null,
-      dispatched: attempt !== null,
-    });
+    this.onEnd();
   }
 
   /** The headers that explain this answer, as far as they are known now. */
@@ -197,6 +291,7 @@ export class Exchange {
       "x-tidegate-cache": record.cache,
     };
     if (this.dialect === anthropic) headers["request-id"] = this.id;
+    Object.assign(headers, this.headersOut);
     if (record.backend_id === null) return headers;
     headers["x-tidegate-backend"] = headerText(record.backend_id);
     headers["x-tidegate-model"] = headerText(record.model ?? "");
@@ -214,14 +309,4 @@ export class Exchange {
 /** Header values are Latin-1 at most; a model's name may be anything. */
 function headerText(text: string): string {
   return text.toWellFormed().replaceAll(/[^\u0020-\u007E]/gu, encodeURIComponent);
-}
-
-function fillTokens(record: RequestRecord, facts: AnswerFacts) {
-  if (facts.usage !== null) {
-    record.tokens_generated = facts.usage.output;
-    record.tokens_input = facts.usage.input;
-  } else if (record.stream) {
-    record.tokens_generated = facts.deltas;
-    record.tokens_estimated = true;
-  }
 }

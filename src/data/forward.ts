@@ -1,5 +1,6 @@
 import type { Fault } from "../core/outcome.ts";
 import { splice, topLevelKeys, type Keys } from "../core/splice.ts";
+import { capOutput } from "../engines/cap.ts";
 import type { EngineRequest } from "../engines/engine.ts";
 import { GatewayError, quote, type ErrorCode } from "../errors.ts";
 import { clientTimeoutMs } from "./admit.ts";
@@ -22,6 +23,7 @@ export async function forward(
 ): Promise<Reply> {
   const { permit } = attempt;
   const { backend } = permit.target;
+  attempt.promptTokens = exchange.promptTokens;
   const stream = exchange.view?.stream === true;
   // Whoever ends the attempt from a timer leaves here why, since `fetch` only says "aborted".
   let timedOut: AttemptFailed | null = null;
@@ -65,7 +67,7 @@ function unreachable(backend: string, error: unknown): GatewayError {
 const PASSED_ON = ["accept", "user-agent", "anthropic-version", "anthropic-beta"];
 
 function build(exchange: Exchange, attempt: UpstreamAttempt): EngineRequest {
-  const { body, view, endpoint } = exchange;
+  const { body, view, endpoint, outputCap } = exchange;
   const { engine, target } = attempt.permit;
   const bytes = body?.bytes ?? new Uint8Array();
   const keys = body?.keys ?? [];
@@ -74,6 +76,9 @@ function build(exchange: Exchange, attempt: UpstreamAttempt): EngineRequest {
     edits.set("model", JSON.stringify(target.model));
   if (view?.stream === true && endpoint.usageOnRequest && !view.includeUsage) {
     edits.set("stream_options", withUsage(bytes, keys));
+  }
+  if (outputCap !== null) {
+    capOutput(bytes, keys, edits, engine.limitFields[endpoint.path] ?? [], outputCap);
   }
   const headers: Record<string, string> = {
     // vLLM insists on it, whatever the client wrote.

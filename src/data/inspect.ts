@@ -177,7 +177,7 @@ async function notAStream(
   );
 }
 
-/** Holds an answer in one piece until it is whole; beyond `limits.bufferBytes` it is passed on unseen. */
+/** Holds an answer in one piece until it is whole; beyond `holdBytes` it is passed on unseen. */
 export async function readWhole(
   exchange: Exchange,
   attempt: UpstreamAttempt,
@@ -195,7 +195,7 @@ export async function readWhole(
     if (value === null) break;
     parts.push(value);
     length += value.length;
-    if (length > exchange.config.limits.bufferBytes) {
+    if (length > exchange.holdBytes) {
       return { contentType, cacheControl, head: concat(parts), more: true, attempt };
     }
   }

@@ -1,18 +1,19 @@
 import type { Endpoint } from "../dialects/dialect.ts";
 import { asGatewayError, GatewayError } from "../errors.ts";
-import type { Permit } from "../fleet/fleet.ts";
+import type { Answer } from "../stores/answers.ts";
 import { accept } from "./accept.ts";
-import { admit, deadlineOf, resolveModel } from "./admit.ts";
+import { resolveModel } from "./admit.ts";
+import { fly, keepStream, look, type Lookup } from "./cache.ts";
 import { Exchange } from "./exchange.ts";
-import { AttemptFailed, UpstreamAttempt } from "./attempt.ts";
-import { forward, totalMsOf } from "./forward.ts";
-import type { Reply } from "./inspect.ts";
+import { totalMsOf } from "./forward.ts";
 import { checkOrigin, identify } from "./identify.ts";
+import type { Reply } from "./inspect.ts";
 import type { Plane } from "./plane.ts";
 import { Relay } from "./relay.ts";
+import { outputCapOf } from "./reserve.ts";
+import { obtain } from "./upstream.ts";
 
-/** Attempts per request: the first, and one more elsewhere. */
-const MOST_ATTEMPTS = 2;
+const STREAM_HEADERS = { "cache-control": "no-cache", "x-accel-buffering": "no" };
 
 /** Serves one inference request, from its headers to the end of its body. Never rejects. */
 export async function serve(request: Request, endpoint: Endpoint, plane: Plane): Promise<Response> {
@@ -22,13 +23,18 @@ export async function serve(request: Request, endpoint: Endpoint, plane: Plane):
     if (!plane.admitting) throw shuttingDown();
     plane.retries.count(exchange.receivedAt);
     checkOrigin(exchange.headers, plane.access);
-    exchange.record.tenant = identify(exchange.headers, plane.access);
+    const tenant = identify(exchange.headers, plane.access);
+    exchange.identified(typeof tenant === "string" ? tenant : await tenant);
+    exchange.check();
     await accept(exchange, request, plane);
     exchange.check();
-    resolveModel(exchange, plane);
+    const model = resolveModel(exchange, plane);
+    exchange.outputCap = outputCapOf(exchange, model.name);
+    const lookup = await look(exchange, model, plane);
+    if (lookup.type === "hit") return replay(exchange, lookup.answer);
     return exchange.record.stream
-      ? await answerStream(exchange, plane)
-      : await answerWhole(exchange, plane);
+      ? await answerStream(exchange, plane, lookup)
+      : await answerWhole(exchange, plane, lookup);
   } catch (error) {
     return refuse(exchange, error);
   }
@@ -42,18 +48,19 @@ export function shuttingDown(): GatewayError {
 }
 
 /** Until the answer begins its status is open; a long wait opens it with a heartbeat instead. */
-function answerStream(exchange: Exchange, plane: Plane): Promise<Response> {
+function answerStream(exchange: Exchange, plane: Plane, lookup: Lookup): Promise<Response> {
   const relay = new Relay(exchange, plane);
+  if (lookup.type === "miss") keepStream(exchange, relay, plane, lookup.key);
   const { heartbeatMs } = exchange.config.queue;
   return new Promise((resolve) => {
     const respond = (contentType: string, cacheControl: string | null) => {
       exchange.record.status = 200;
-      const headers = {
+      const headers: Record<string, string> = {
         ...exchange.explain(),
+        ...STREAM_HEADERS,
         "content-type": contentType,
-        "cache-control": cacheControl ?? "no-cache",
-        "x-accel-buffering": "no",
       };
+      if (cacheControl !== null) headers["cache-control"] = cacheControl;
       resolve(new Response(relay.readable, { headers }));
     };
     const stop =
@@ -63,7 +70,7 @@ function answerStream(exchange: Exchange, plane: Plane): Promise<Response> {
             respond("text/event-stream", null);
             relay.open();
           });
-    attempts(exchange, plane)
+    obtain(exchange, plane)
       .then((reply) => {
         stop();
         if (exchange.opened) relay.explain(exchange.explain());
@@ -76,7 +83,7 @@ function answerStream(exchange: Exchange, plane: Plane): Promise<Response> {
   });
 }
 
-async function answerWhole(exchange: Exchange, plane: Plane): Promise<Response> {
+async function answerWhole(exchange: Exchange, plane: Plane, lookup: Lookup): Promise<Response> {
   const totalMs = totalMsOf(exchange);
   if (totalMs < Infinity) {
     const left = Math.max(0, totalMs - (plane.now() - exchange.receivedAt));
@@ -85,7 +92,16 @@ async function answerWhole(exchange: Exchange, plane: Plane): Promise<Response> 
       exchange.fail(new GatewayError("upstream_timeout", message), "timeout"),
     );
   }
-  const reply = await attempts(exchange, plane);
+  if (lookup.type === "miss") {
+    const landed = await fly(exchange, plane, lookup);
+    if (landed.type === "answer") return replay(exchange, landed.answer);
+    if (landed.type === "reply") return respond(exchange, plane, landed.reply, landed.exchange);
+  }
+  return respond(exchange, plane, await obtain(exchange, plane), exchange);
+}
+
+/** @param worker whose answer it is: the exchange itself, or that of its flight. */
+function respond(exchange: Exchange, plane: Plane, reply: Reply, worker: Exchange): Response {
   exchange.record.status = 200;
   const headers: Record<string, string> = {
     ...exchange.explain(),
@@ -94,7 +110,7 @@ async function answerWhole(exchange: Exchange, plane: Plane): Promise<Response> 
   if (reply.cacheControl !== null) headers["cache-control"] = reply.cacheControl;
   exchange.dropBody();
   if (reply.more) {
-    const relay = new Relay(exchange, plane);
+    const relay = new Relay(worker, plane);
     relay.relay(reply);
     return new Response(relay.readable, { headers });
   }
@@ -102,67 +118,15 @@ async function answerWhole(exchange: Exchange, plane: Plane): Promise<Response> 
   return new Response(reply.head as Uint8Array<ArrayBuffer>, { headers });
 }
 
-/** Admit and forward, and once more elsewhere where the first attempt allows it. */
-async function attempts(exchange: Exchange, plane: Plane): Promise<Reply> {
-  const tried = new Set<string>();
-  const busy = new Set<string>();
-  let failed: AttemptFailed | null = null;
-  let last = "";
-  for (;;) {
-    const permit = await admit(exchange, plane, {
-      tried,
-      busy,
-      // An engine that was busy is waited for as any other; a failure's second attempt not always.
-      mayWait: () =>
-        plane.now() < deadlineOf(exchange) && (tried.size === 0 || plane.retries.take(plane.now())),
-    }).catch((error: unknown) => {
-      // Nowhere else to go: the client learns what the engine said.
-      throw failed !== null && !exchange.ended ? failed.error : error;
-    });
-    if (failed !== null) countRetry(exchange, plane, last, failed.error.cause);
-    const attempt = begin(exchange, plane, permit);
-    try {
-      const reply = await forward(exchange, attempt, plane);
-      permit.proved();
-      return reply;
-    } catch (error) {
-      if (!(error instanceof AttemptFailed)) throw error;
-      failed = error;
-      attempt.end(failed.verdict, failed.error.cause);
-      last = permit.target.backend;
-      (failed.fault === "busy" ? busy : tried).add(last);
-      if (failed.verdict.retry === "no" || tried.size >= MOST_ATTEMPTS) throw failed.error;
-      exchange.phase = "retrying";
-      exchange.timing.retry = (exchange.timing.retry ?? 0) + plane.now() - attempt.sentAt;
-    }
-  }
-}
-
-/** @param backend the one that failed. */
-function countRetry(exchange: Exchange, plane: Plane, backend: string, cause: string) {
-  exchange.trace.event("retry", { backend_id: backend, cause });
-  plane.metrics?.retry(backend, cause);
-}
-
-function begin(exchange: Exchange, plane: Plane, permit: Permit): UpstreamAttempt {
-  const { record, view, endpoint } = exchange;
-  record.attempts++;
-  const trace = exchange.trace.attempt({
-    number: record.attempts,
-    operation: endpoint.operation,
-    model: record.model ?? "",
-    upstreamModel: permit.target.model,
-    kind: permit.engine.kind,
-    backend: permit.target.backend,
-    url: permit.connection.url,
-    stream: record.stream,
-    sampling: view?.sampling ?? {},
-    retryCount: exchange.headers.get("x-stainless-retry-count"),
-  });
-  const attempt = new UpstreamAttempt(plane, permit, trace);
-  exchange.attempt = attempt;
-  exchange.phase = "connecting";
-  return attempt;
+/** An answer that was made before, or for several at once. */
+function replay(exchange: Exchange, { contentType, cacheControl, body }: Answer): Response {
+  exchange.record.status = 200;
+  exchange.dropBody();
+  const headers: Record<string, string> = { ...exchange.explain(), "content-type": contentType };
+  if (exchange.record.stream) Object.assign(headers, STREAM_HEADERS);
+  if (cacheControl !== null) headers["cache-control"] = cacheControl;
+  exchange.complete();
+  return new Response(body as Uint8Array<ArrayBuffer>, { headers });
 }
 
 /** The error as the caller's API words it, and the end of the exchange. */

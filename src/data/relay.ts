@@ -13,6 +13,9 @@ import { Tap } from "./tap.ts";
 const LF = 0x0a;
 const encoder = new TextEncoder();
 
+/** Tenths of its cap that an answer may have: events and tokens are not quite the same. */
+const CAP_TENTHS = 11;
+
 /** How long an engine may keep its connection open behind the end of its answer. */
 const END_GRACE_MS = 1000;
 
@@ -26,6 +29,8 @@ const END_GRACE_MS = 1000;
  */
 export class Relay {
   readonly readable: ReadableStream<Uint8Array>;
+  /** Sees the engine's bytes as they go out. */
+  onBytes: ((bytes: Uint8Array) => void) | null = null;
   readonly #exchange: Exchange;
   readonly #plane: Plane;
   readonly #cutter = new FrameCutter();
@@ -33,6 +38,8 @@ export class Relay {
   #controller!: ReadableStreamDefaultController<Uint8Array>;
   #attempt: UpstreamAttempt | null = null;
   #tap: Tap | null = null;
+  /** Events with tokens that the answer may have. */
+  #mostDeltas = Infinity;
   /** The frame that is not whole yet, and how much of it has been let go already. */
   #held: Uint8Array[] = [];
   #heldBytes = 0;
@@ -81,8 +88,11 @@ export class Relay {
   /** Takes over an answer; the first byte of it commits the request. */
   relay({ attempt, head }: Reply): void {
     const exchange = this.#exchange;
-    const { endpoint, view, record } = exchange;
+    const { endpoint, view, record, outputCap } = exchange;
     this.#attempt = attempt;
+    if (outputCap !== null) {
+      this.#mostDeltas = Math.floor((outputCap * (view?.choices ?? 1) * CAP_TENTHS) / 10);
+    }
     if (record.stream) {
       const hideUsage = endpoint.usageOnRequest && view?.includeUsage !== true;
       this.#tap = new Tap(endpoint, attempt.facts, hideUsage, () => this.#token());
@@ -129,12 +139,18 @@ export class Relay {
     this.#controller.enqueue(bytes);
   }
 
+  /** The engine's own bytes go out. */
+  #pass(bytes: Uint8Array, now?: number) {
+    this.onBytes?.(bytes);
+    this.#write(bytes, now);
+  }
+
   #chunk(chunk: Uint8Array) {
     if (this.#exchange.ended || chunk.length === 0) return;
     const now = this.#plane.now();
     this.#lastChunkAt = now;
     this.#attempt?.permit.flowed(now);
-    if (this.#tap === null) return this.#write(chunk, now);
+    if (this.#tap === null) return this.#pass(chunk, now);
     if (this.#heldBytes === 0 && !this.#blind && isOneEvent(chunk)) return this.#event(chunk, now);
     const ends = this.#cutter.cut(chunk);
     if (ends.length === 0) return this.#hold(chunk);
@@ -152,15 +168,17 @@ export class Relay {
       const end = before + offset;
       const verdict = blind ? "pass" : this.#tap.frame(bytes.subarray(start, end));
       blind = false;
+      // Too much, unless its beginning is out already.
+      if (this.#runsOn() && from <= start) break;
       if (verdict === "hide" && from <= start) {
-        if (from < start) this.#write(bytes.subarray(from, start), now);
+        if (from < start) this.#pass(bytes.subarray(from, start), now);
         from = end;
       }
       start = end;
       // Whatever an engine sends after its own error is no part of an answer.
       if (this.#attempt?.facts.error != null) break;
     }
-    if (from < start) this.#write(bytes.subarray(from, start), now);
+    if (from < start) this.#pass(bytes.subarray(from, start), now);
     this.#afterEvents();
     if (this.#exchange.ended) return;
     if (start < bytes.length) this.#hold(bytes.subarray(start));
@@ -168,8 +186,13 @@ export class Relay {
 
   /** Most chunks are one whole event: nothing to cut, nothing to put together. */
   #event(chunk: Uint8Array, now: number) {
-    if (this.#tap?.frame(chunk) !== "hide") this.#write(chunk, now);
+    const verdict = this.#tap?.frame(chunk);
+    if (verdict !== "hide" && !this.#runsOn()) this.#pass(chunk, now);
     this.#afterEvents();
+  }
+
+  #runsOn(): boolean {
+    return (this.#attempt?.facts.deltas ?? 0) > this.#mostDeltas;
   }
 
   /** What the events that have just gone out mean for the stream as a whole. */
@@ -177,6 +200,11 @@ export class Relay {
     const facts = this.#attempt?.facts;
     if (facts === undefined) return;
     if (facts.error !== null) return this.#engineError(facts.error);
+    if (this.#runsOn()) {
+      const { outputCap } = this.#exchange;
+      const what = `went on beyond ${outputCap} tokens and was stopped (maxOutputTokens)`;
+      return this.#fail("output_limit_exceeded", what, `${facts.deltas} events`);
+    }
     if (facts.ended) this.#exchange.after(END_GRACE_MS, () => this.#end());
   }
 
@@ -185,8 +213,8 @@ export class Relay {
     const tooLong = this.#heldBytes > FRAME_BYTES || this.#blind;
     this.#held.push(bytes);
     this.#heldBytes += bytes.length;
-    if (tooLong) this.#write(bytes);
-    else if (this.#heldBytes > FRAME_BYTES) for (const part of this.#held) this.#write(part);
+    if (tooLong) this.#pass(bytes);
+    else if (this.#heldBytes > FRAME_BYTES) for (const part of this.#held) this.#pass(part);
     else return;
     this.#released = this.#heldBytes;
     // The tap would like to read all of it, as far as memory allows.
@@ -211,7 +239,7 @@ export class Relay {
     }
     // An end marker may lack its blank line. An event without one is dropped, as clients do.
     const rest = concat(this.#held);
-    if (rest.at(-1) === LF) this.#write(rest.subarray(this.#released));
+    if (rest.at(-1) === LF) this.#pass(rest.subarray(this.#released));
     exchange.complete();
   }
 
@@ -222,10 +250,10 @@ export class Relay {
     this.#fail("upstream_incomplete", "broke off before the answer was whole", String(error));
   }
 
-  #fail(code: "upstream_incomplete" | "upstream_timeout", what: string, detail: string) {
+  #fail(code: keyof typeof FAULTS, what: string, detail: string) {
     const backend = quote(this.#attempt?.permit.target.backend ?? "");
     const error = new GatewayError(code, `backend ${backend} ${what}`, { detail });
-    this.#exchange.fail(error, code === "upstream_timeout" ? "timeout" : "incomplete");
+    this.#exchange.fail(error, FAULTS[code]);
   }
 
   /** The engine's own error event has gone out: no second one follows it. */
@@ -282,6 +310,8 @@ export class Relay {
     if (this.#attempt !== null) {
       if (!reading && due(this.#lastChunkAt, clientMs)) return this.#exchange.cancel();
       if (reading && this.#tap !== null && due(this.#lastChunkAt, idleMs)) {
+        // Behind the end of its answer an engine may say nothing for as long as it likes.
+        if (this.#attempt.facts.ended) return this.#end();
         this.#attempt.permit.stalled();
         return this.#fail(
           "upstream_timeout",
@@ -291,11 +321,14 @@ export class Relay {
       }
     }
     // Only at an event boundary, and only to somebody who reads.
-    const mayBeat = reading && this.#heldBytes === 0 && this.#exchange.record.stream;
+    const isOver = this.#attempt?.facts.ended === true;
+    const mayBeat = reading && !isOver && this.#heldBytes === 0 && this.#exchange.record.stream;
     if (mayBeat && due(this.#lastWriteAt, heartbeatMs)) {
       this.#heartbeat();
       next = Math.min(next, heartbeatMs);
     }
+    // Who reads now may stop in a moment.
+    if (this.#attempt !== null && clientMs > 0) next = Math.min(next, clientMs);
     // What is in the way now may be gone in a moment.
     if (!mayBeat) next = Math.min(next, heartbeatMs || 1000, clientMs || 1000, 1000);
     if (next < Infinity) this.#exchange.after(next, () => this.#watch());
@@ -307,6 +340,14 @@ function isOneEvent(chunk: Uint8Array): boolean {
   const last = chunk.length - 1;
   return chunk[last] === LF && chunk.indexOf(LF) === last - 1;
 }
+
+const FAULTS = {
+  upstream_incomplete: "incomplete",
+  upstream_timeout: "timeout",
+  // It works and takes no notice of the field, for this request or for every one: to leave it alone
+  // for that would take the model from those whose answers end by themselves.
+  output_limit_exceeded: "ended",
+} as const;
 
 const WORDS = {
   queued: "waiting for a slot",

@@ -49,6 +49,12 @@ export function isWhole(facts: AnswerFacts, asked = 1): boolean {
   return facts.ended || facts.finished.size >= Math.max(1, asked, facts.choices.size);
 }
 
+/** Tokens of the answer: as the engine counts them, or as they flowed where more has than it has told. */
+export function outputTokens({ usage, deltas, ended }: AnswerFacts): number {
+  // Anthropic's streams begin with a count of one, and tell the truth at their end.
+  return usage === null || (!ended && deltas > usage.output) ? deltas : usage.output;
+}
+
 /** What not every engine does. `stored_response` continues an answer that the engine has kept. */
 export type Ability =
   | "n"
@@ -133,6 +139,7 @@ const viewSchema = z.object({
   max_tokens: optionalNumber,
   max_completion_tokens: optionalNumber,
   max_output_tokens: optionalNumber,
+  n_predict: optionalNumber,
   temperature: optionalNumber,
   top_p: optionalNumber,
   seed: optionalNumber,

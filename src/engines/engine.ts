@@ -2,6 +2,7 @@ import type { Kind } from "../config.ts";
 import type { Residency } from "../core/snapshot.ts";
 import type { Keys } from "../core/splice.ts";
 import { errorWords, isRecord, numberOf, textOf, type Want } from "../dialects/dialect.ts";
+import { LIMIT_FIELDS, type LimitFields } from "./cap.ts";
 
 /** How one backend is reached. */
 export interface Connection {
@@ -97,6 +98,10 @@ export interface Engine {
   isRemote(model: string): boolean;
   /** Further replacements in the request body, as JSON bytes. */
   adapt(body: Uint8Array, keys: Keys): Map<string, Uint8Array>;
+  /** Inputs that one request for embeddings may have. */
+  embedBatch: number;
+  /** Where the number of an answer's tokens can be limited. */
+  limitFields: LimitFields;
   /** Sends one inference request. Rejects when there was no answer at all. */
   send(connection: Connection, request: EngineRequest): Promise<Response>;
   /**
@@ -275,6 +280,9 @@ export const openai: Engine = {
   takesAnyName: false,
   isRemote: () => false,
   adapt: () => new Map(),
+  // Text Embeddings Inference refuses more (`--max-client-batch-size`), and speaks plain OpenAI.
+  embedBatch: 32,
+  limitFields: LIMIT_FIELDS,
   send: sendByFetch,
   look: lookAtModels,
   meaning: plainMeaning,

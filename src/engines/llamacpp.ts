@@ -1,5 +1,6 @@
 import type { Residency } from "../core/snapshot.ts";
 import { isRecord, textOf } from "../dialects/dialect.ts";
+import { LIMIT_FIELDS } from "./cap.ts";
 import {
   askAside,
   countOf,
@@ -93,8 +94,16 @@ export const llamacpp: Engine = {
   ...openai,
   kind: "llamacpp",
   slots: 4,
+  embedBatch: 256,
   tellsResidency: true,
   takesAnyName: true,
+  // Its own name goes before all others, wherever it is handed on.
+  limitFields: {
+    ...LIMIT_FIELDS,
+    "/v1/chat/completions": ["max_tokens", "max_completion_tokens", "n_predict"],
+    "/v1/completions": ["max_tokens", "n_predict"],
+    "/v1/responses": ["max_output_tokens", "n_predict"],
+  },
   // Never `/slots`: it wakes a sleeping model.
   async look(connection, signal) {
     const [{ loading, items }, told] = await Promise.all([

@@ -59,6 +59,7 @@ export const lmstudio: Engine = {
   ...openai,
   kind: "lmstudio",
   slots: 4,
+  embedBatch: 64,
   tellsResidency: true,
   speaks: (path) => !LACKED_PATHS.has(path),
   // One after the other: it logs an error for every path it lacks, and answers 200 all the same.

@@ -1,4 +1,5 @@
 import { isRecord, numberOf, textOf, type Ability } from "../dialects/dialect.ts";
+import { LIMIT_FIELDS, valueOf } from "./cap.ts";
 import {
   askAside,
   countOf,
@@ -12,6 +13,9 @@ import {
 } from "./engine.ts";
 
 type Fields = Record<string, unknown>;
+
+/** Of the JSON values only `null` begins with it. */
+const LETTER_N = 0x6e;
 
 const PATHS = new Set([
   "/v1/chat/completions",
@@ -130,16 +134,20 @@ export const ollama: Engine = {
   kind: "ollama",
   // OLLAMA_NUM_PARALLEL is 1 by default and no endpoint tells it.
   slots: 1,
+  // Each input is a call of its own inside it: small batches end soon when the client leaves.
+  embedBatch: 64,
   speaks: (path) => PATHS.has(path),
   cannot: ({ what }) => CANNOT[what] ?? null,
   tellsResidency: true,
   isRemote: hasCloudTag,
   adapt(body, keys) {
     // Ollama ignores `max_completion_tokens`, and an output without a limit never ends.
-    const limit = keys.find((key) => key.name === "max_completion_tokens");
-    if (limit === undefined || keys.some((key) => key.name === "max_tokens")) return new Map();
-    return new Map([["max_tokens", body.subarray(limit.value.start, limit.value.end)]]);
+    const limit = valueOf(body, keys, "max_completion_tokens");
+    const own = valueOf(body, keys, "max_tokens");
+    const isMissing = own === undefined || own[0] === LETTER_N;
+    return new Map(limit !== undefined && isMissing ? [["max_tokens", limit]] : []);
   },
+  limitFields: { ...LIMIT_FIELDS, "/v1/chat/completions": ["max_tokens"] },
   async look(connection, signal) {
     const [{ loading, items }, ps] = await Promise.all([
       list(connection, "/api/tags", "models", signal),

@@ -24,6 +24,8 @@ export const sglang: Engine = {
   ...openai,
   kind: "sglang",
   slots: 64,
+  // As many as the API itself allows.
+  embedBatch: 2048,
   // Never `/health`: it generates a token and takes a second.
   async look(connection, signal) {
     const [{ loading, items }, info] = await Promise.all([

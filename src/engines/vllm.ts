@@ -5,6 +5,8 @@ export const vllm: Engine = {
   ...openai,
   kind: "vllm",
   slots: 64,
+  // As many as the API itself allows.
+  embedBatch: 2048,
   async look(connection, signal) {
     const { loading, items } = await list(connection, "/v1/models", "data", signal);
     // One base model per process; the cards of its LoRA adapters name it and have no length.

@@ -2,8 +2,10 @@ import type { BreakerSettings, BreakerState } from "../core/breaker.ts";
 import { judge, type Verdict } from "../core/outcome.ts";
 import {
   hasRoom,
+  nextOf,
   positionOf,
   step,
+  waitFor,
   type Cap,
   type SchedulerEvent,
   type Ticket,
@@ -235,6 +237,12 @@ export class Fleet {
     };
   }
 
+  /** How long a request of this model that came now would wait there, milliseconds, at least 1. */
+  expectedWaitMs(backend: string, model: string): number {
+    const live = this.#lives.get(backend);
+    return live === undefined ? 1 : waitFor(live.scheduler, model);
+  }
+
   /** When bytes of an answer last came from this backend, on the clock of `now`. */
   lastChunkAt(backend: string): number {
     return this.#lives.get(backend)?.lastChunkAt ?? -Infinity;
@@ -349,7 +357,7 @@ export class Fleet {
       live.trials -= trials;
       trials = 0;
     };
-    const end = (verdict: Verdict) => {
+    const end = (verdict: Verdict, tokens: number | null) => {
       tried();
       const opened = live.guard.settle(passage, verdict, this.breaker, now(), random());
       // Before the slot comes free: nobody is to follow there.
@@ -357,13 +365,13 @@ export class Fleet {
       else if (opened.model) this.#run(live, { type: "recall", model });
       const serviceMs = verdict.outcome === "success" ? now() - grantedAt : null;
       const heldUntil = verdict.outcome === "saturated" ? now() + HOLD_MS : null;
-      this.#run(live, { type: "complete", ticket, serviceMs, heldUntil });
+      this.#run(live, { type: "complete", ticket, serviceMs, tokens, heldUntil });
       if (live.scheduler.backend.used === 0) this.#leaving.delete(live);
       this.#offer();
     };
     // Nobody asks any more: the slot is free again.
     if (target === undefined) {
-      end(judge("ended"));
+      end(judge("ended"), 0);
       return null;
     }
     let held = true;
@@ -376,7 +384,8 @@ export class Fleet {
         held = false;
         if (verdict.outcome === "failure") live.failedAt = now();
         if (answered !== undefined) live.observed.add(answered);
-        end(verdict);
+        // Without an attempt it was given back unused.
+        end(verdict, answered === undefined ? 0 : answered.tokens);
       },
       proved: () => {
         const wasTrial = trials > 0;
@@ -403,8 +412,8 @@ export class Fleet {
       if (live.scheduler.waiting > 0) this.#run(live, { type: "room" });
     }
     for (const live of lives) {
-      for (const [model, lane] of live.scheduler.lanes) {
-        const [head] = lane.queue;
+      for (const model of live.scheduler.lanes.keys()) {
+        const head = nextOf(live.scheduler, model);
         if (head === undefined) continue;
         if (!lives.some((other) => isBetter(other, live, head, this.breaker, now))) continue;
         // One at a time: it asks there, which comes back here for the next.

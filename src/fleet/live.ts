@@ -89,7 +89,7 @@ export function usageOf({ id, scheduler, observed }: Live) {
     models: [...scheduler.lanes].map(([model, lane]) => ({
       model,
       running: lane.slots.used,
-      waiting: lane.queue.length,
+      waiting: lane.line.waiting,
     })),
   };
 }

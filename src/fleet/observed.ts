@@ -8,6 +8,8 @@ export interface Answered {
   tokensPerSecond: number | null;
   /** The code of its error, null when it had none. */
   error: string | null;
+  /** Prompt and answer; null where that cannot be told, and what was expected stands. */
+  tokens: number | null;
 }
 
 /** How many answers the percentiles are over. */

@@ -22,6 +22,7 @@ export function variableOf(path: readonly string[]): string {
 /** Each variable that sets one value, with the path of that value; the stronger of two comes last. */
 export const SCALARS = new Map<string, readonly string[]>([
   ["PORT", ["server", "port"]],
+  ["REDIS_URL", ["redis", "url"]],
   ["OTEL_EXPORTER_OTLP_ENDPOINT", ["telemetry", "otlpEndpoint"]],
   ["OTEL_SERVICE_NAME", ["telemetry", "serviceName"]],
   ...scalarPaths().map((path) => [variableOf(path), path] as const),

@@ -1,7 +1,8 @@
 import { existsSync } from "node:fs";
 import { resolve } from "node:path";
-import { isLoopback } from "../caller.ts";
+import { isLoopback, sha256 } from "../caller.ts";
 import type { Config } from "../config.ts";
+import { suggest } from "../core/suggest.ts";
 import {
   interpolate,
   keysFrom,
@@ -13,7 +14,8 @@ import {
   type EnvironmentKey,
   type Tree,
 } from "./environment.ts";
-import { check, describe, type Mistake } from "./mistakes.ts";
+import { readKeyFiles, type KeyFiles } from "./key-files.ts";
+import { check, describe, tenantsIn, type Mistake } from "./mistakes.ts";
 import { readConfigFile } from "./read-file.ts";
 import { pathText } from "./shape.ts";
 import { valuesOf, type Value } from "./values.ts";
@@ -38,6 +40,8 @@ export interface Settings {
   config: Config;
   /** Keys that came from the environment, beside `config.auth.keys`. */
   environmentKeys: EnvironmentKey[];
+  /** Public keys of the issuers that name a file for them. */
+  keyFiles: KeyFiles;
   /** Where the configuration came from, for the banner. */
   source: string;
   /** Every value, and where it came from. */
@@ -102,7 +106,7 @@ export async function loadSettings(sources: Sources): Promise<Settings> {
 export function settle(
   file: unknown,
   source: string,
-  { flags, environment: all }: Sources,
+  { flags, environment: all, directory }: Sources,
 ): Settings {
   const environment = withoutEmpty(all);
   const mistakes: Mistake[] = [];
@@ -117,9 +121,12 @@ export function settle(
   const raw = merge(merge(fileTree, variables), flagged);
   const checked = check(raw);
   const environmentKeys = keysFrom(environment);
+  const read = readKeyFiles(raw, directory);
   const wrong = [
     ...("mistakes" in checked ? checked.mistakes : []),
-    ...bindMistakes(checked, raw, environmentKeys),
+    ...guardMistakes(checked, raw, environmentKeys),
+    ...strangeTenants(raw, environmentKeys),
+    ...read.mistakes,
   ];
   mistakes.push(...wrong.map((mistake) => withSource(mistake, flags, environment)));
   if (mistakes.length > 0 || !("config" in checked)) throw new ConfigError(source, mistakes);
@@ -129,7 +136,8 @@ export function settle(
     ["file", fileTree],
   ]);
   const notes = [...strangers(environment), ...notYet(checked.config)];
-  return { config: checked.config, environmentKeys, source, values, notes };
+  const { keyFiles } = read;
+  return { config: checked.config, environmentKeys, keyFiles, source, values, notes };
 }
 
 /** Editors find the schema by this key in a JSON file. */
@@ -166,35 +174,70 @@ function withSource(mistake: Mistake, flags: Flags, environment: Environment): M
   return { ...mistake, expected: `${mistake.expected} (it comes from ${source})` };
 }
 
-function bindMistakes(
+/** Nobody may get in by accident, nor further than meant. */
+function guardMistakes(
   checked: ReturnType<typeof check>,
   raw: unknown,
   environmentKeys: EnvironmentKey[],
 ): Mistake[] {
-  // Mistakes elsewhere do not keep these two sections from being judged.
-  const { server, auth } = (raw ?? {}) as { server?: unknown; auth?: unknown };
-  const sections = "config" in checked ? checked : check({ server, auth });
+  // Mistakes elsewhere do not keep these sections from being judged.
+  const { server, auth, tenants, admin } = (raw ?? {}) as Tree;
+  const sections = "config" in checked ? checked : check({ server, auth, tenants, admin });
   if (!("config" in sections)) return [];
+  const mistakes = sharedKeys(sections.config, environmentKeys);
   const { host, insecure } = sections.config.server;
-  const guarded = sections.config.auth.keys.length > 0 || environmentKeys.length > 0;
-  if (isLoopback(host) || insecure || guarded) return [];
+  const { keys, jwt } = sections.config.auth;
+  const guarded = keys.length + jwt.length + environmentKeys.length > 0;
+  if (isLoopback(host) || insecure || guarded) return mistakes;
   const expected =
     "who may call, since others can reach this address: set auth.keys (or TIDEGATE_API_KEYS), " +
-    'or host: "127.0.0.1", or server.insecure: true to let everyone in';
-  return [{ path: "server.host", value: host, expected, suggestion: null }];
+    'or auth.jwt, or host: "127.0.0.1", or server.insecure: true to let everyone in';
+  return [...mistakes, { path: "server.host", value: host, expected, suggestion: null }];
+}
+
+/** A key is one tenant's, and the operator's is no client's. */
+function sharedKeys({ auth, admin }: Config, environmentKeys: EnvironmentKey[]): Mistake[] {
+  const hashOf = (key: string) => `sha256:${Buffer.from(sha256(key)).toString("hex")}`;
+  const keys = [
+    ...auth.keys.map((each, at) => {
+      const hash = "key" in each ? hashOf(each.key) : each.hash;
+      return { path: `auth.keys[${at}]`, tenant: each.tenant, hash };
+    }),
+    ...environmentKeys.map(({ key, tenant }) => {
+      return { path: "TIDEGATE_API_KEYS", tenant, hash: hashOf(key) };
+    }),
+  ];
+  const mistakes: Mistake[] = [];
+  const mistaken = (path: string, expected: string) =>
+    mistakes.push({ path, value: "***", expected, suggestion: null });
+  for (const { path, tenant, hash } of keys) {
+    const first = keys.find((each) => each.hash === hash);
+    if (first === undefined || first.tenant === tenant) continue;
+    mistaken(path, `a key of its own: ${first.path} has this one, for tenant ${first.tenant}`);
+  }
+  const adminHash = admin.key === undefined ? null : hashOf(admin.key);
+  const same = keys.find(({ hash }) => hash === adminHash);
+  if (same !== undefined) mistaken("admin.key", `a key that is no client's: ${same.path} has it`);
+  return mistakes;
+}
+
+/** Keys of the environment may name only tenants that are listed. */
+function strangeTenants(raw: unknown, environmentKeys: EnvironmentKey[]): Mistake[] {
+  const known = tenantsIn(raw);
+  const strange = new Set(environmentKeys.map(({ tenant }) => tenant));
+  for (const name of known) strange.delete(name);
+  return [...strange].map((name) => ({
+    path: "TIDEGATE_API_KEYS",
+    value: `${name}=***`,
+    expected: `a tenant that is listed in tenants: ${known.join(", ")}`,
+    suggestion: suggest(name, known),
+  }));
 }
 
 /** Sections that must be accepted before they are in effect: said at every start. */
 function notYet(config: Config): string[] {
-  const models = Object.entries(config.models);
-  const set = [
-    ...(config.cache === undefined ? [] : ["cache"]),
-    ...models
-      .filter(([, each]) => each.fallback !== undefined)
-      .map(([name]) => pathText(["models", name, "fallback"])),
-    ...models
-      .filter(([, each]) => each.maxOutputTokens !== undefined)
-      .map(([name]) => pathText(["models", name, "maxOutputTokens"])),
-  ];
-  return set.map((key) => `${key}: accepted, in effect from a later version`);
+  return Object.entries(config.models)
+    .filter(([, { fallback }]) => fallback !== undefined)
+    .map(([name]) => pathText(["models", name, "fallback"]))
+    .map((key) => `${key}: accepted, in effect from a later version`);
 }

@@ -13,27 +13,32 @@ export interface Mistake {
 }
 
 /** Keys of the contract that this version does not have yet: said so instead of guessed at. */
-const LATER = new Set(`gpu warm turnMs loadMs jwt tenants redis slowMs tenant`.split(/\s+/));
+const LATER = new Set(`gpu warm turnMs loadMs slowMs`.split(" "));
 
-const SECRET = /key|hash|auth|secret|password|token(?!s)|credential|bearer|redis|admin/i;
+const SECRET = /key|hash|auth|secret|pass|token(?!s)|credential|bearer|admin/i;
+
+/** Below `auth`, where whatever is misspelt or misplaced may be a secret, what is none. */
+const NO_SECRET =
+  /^auth\.(?:keys\.\d+\.tenant|jwt\.\d+\.(?:issuer|audience|jwksUrl|jwksFile|algorithms|tenantClaim))(?:\.\d+)?$/;
 
 /** A URL as it may be printed: without user, password and query, any of which may be a secret. */
 function shownUrl(text: string): string {
   return text
-    .replaceAll(/(\w+:\/\/|https?:)\S*@/gi, "$1***@")
+    .replaceAll(/(\w+:\/\/|(?:https?|rediss?):)\S*@/gi, "$1***@")
     .replaceAll(/(\w+:\/\/[^\s?#]*[?#])\S+/g, "$1***");
 }
 
 /**
  * A value as it may be printed: nothing below a key that could hold a secret, and no secret in a URL.
  *
- * @param path of the value; names of models in it are nobody's secret.
+ * @param path of the value; names of models and tenants in it are nobody's secret.
  */
 export function shown(path: Path, value: unknown): unknown {
   if (typeof value !== "string" && (typeof value !== "object" || value === null)) return value;
   if (Array.isArray(value) && value.length === 0) return value;
-  const keys = path[0] === "models" ? path.toSpliced(1, 1) : path;
-  if (keys.some((part) => SECRET.test(String(part)))) return "***";
+  const keys = path[0] === "models" || path[0] === "tenants" ? path.toSpliced(1, 1) : path;
+  const mayBeSecret = keys.some((part) => SECRET.test(String(part)));
+  if (mayBeSecret && !NO_SECRET.test(path.map(String).join("."))) return "***";
   if (typeof value === "string") return shownUrl(value);
   if (Array.isArray(value)) return value.map((each, at) => shown([...path, at], each));
   const entries = Object.entries(value).map(([key, each]) => [key, shown([...path, key], each)]);
@@ -72,6 +77,11 @@ function mistakesOf(issue: z.core.$ZodIssue, raw: unknown, base: Path = []): Mis
     }
   }
   const text = pathText(path);
+  // Of a name that may not be one, the rule for names and not for what stands there.
+  if (issue.code === "invalid_key") {
+    const expected = issue.issues.map(({ message }) => wanted(message)).join(", ");
+    return [{ path: text, value: path.at(-1), expected, suggestion: null }];
+  }
   const value = valueAt(raw, path);
   const options = issue.code === "invalid_value" ? issue.values.map(String) : [];
   return [
@@ -91,11 +101,11 @@ function wanted(message: string): string {
     .replace(/^expected (?:number to be (?=[<>]))?/, "");
 }
 
-function listOf(value: unknown): unknown[] {
+export function listOf(value: unknown): unknown[] {
   return Array.isArray(value) ? value : [];
 }
 
-function recordOf(value: unknown): Record<string, unknown> {
+export function recordOf(value: unknown): Record<string, unknown> {
   return typeof value === "object" && value !== null ? (value as Record<string, unknown>) : {};
 }
 
@@ -122,10 +132,45 @@ function uselessKeys(backend: Record<string, unknown>, at: number): Mistake[] {
   return mistakes;
 }
 
+/** The tenants there are, `default` among them; of a raw configuration. */
+export function tenantsIn(raw: unknown): string[] {
+  return [...new Set(["default", ...Object.keys(recordOf(recordOf(raw)["tenants"]))])];
+}
+
+/** Tenants that keys name, and issuers that say where their keys are. */
+function accessMistakes(root: Record<string, unknown>): Mistake[] {
+  const mistakes: Mistake[] = [];
+  const auth = recordOf(root["auth"]);
+  const tenants = tenantsIn(root);
+  for (const [at, key] of listOf(auth["keys"]).entries()) {
+    const { tenant } = recordOf(key);
+    if (typeof tenant !== "string" || tenants.includes(tenant)) continue;
+    const suggestion = suggest(tenant, tenants);
+    const expected = `a name that is listed in tenants: ${tenants.join(", ")}`;
+    mistakes.push({ path: `auth.keys[${at}].tenant`, value: tenant, expected, suggestion });
+  }
+  for (const [at, issuer] of listOf(auth["jwt"]).map(recordOf).entries()) {
+    const path = `auth.jwt[${at}]`;
+    const { jwksUrl, jwksFile } = issuer;
+    if ((jwksUrl === undefined) === (jwksFile === undefined)) {
+      const expected = "either jwksUrl or jwksFile: where the issuer's public keys are";
+      const value = jwksUrl === undefined ? undefined : "both";
+      mistakes.push({ path, value, expected, suggestion: null });
+    }
+    const url = URL.parse(String(jwksUrl));
+    if (url !== null && url.username + url.password !== "") {
+      const expected = "a URL without user and password: public keys need none";
+      const value = shown(["auth", "jwt", at, "jwksUrl"], jwksUrl);
+      mistakes.push({ path: `${path}.jwksUrl`, value, expected, suggestion: null });
+    }
+  }
+  return mistakes;
+}
+
 /** What no single key can know. Reads the raw value, so that it is reported beside all the rest. */
 function crossCheck(raw: unknown): Mistake[] {
-  const mistakes: Mistake[] = [];
   const root = recordOf(raw);
+  const mistakes = accessMistakes(root);
   const backends = listOf(root["backends"]).map(recordOf);
   const ids = backends.map((backend) => backend["id"]).filter((id) => typeof id === "string");
   for (const [at, backend] of backends.entries()) {

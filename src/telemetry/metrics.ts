@@ -20,6 +20,9 @@ export interface Gauges {
   /** The records of the requests that are in the house. */
   running: () => Iterable<Pick<RequestRecord, "model" | "backend_id">>;
   heldBytes: () => number;
+  cache: () => { entries: number; bytes: number };
+  /** How much of each token budget is used: 1 is all of it. */
+  budgets: () => Promise<{ tenant: string; window: string; ratio: number }[]>;
   breakers: () => { backend: string; model: string | null; state: string }[];
   /** Did the last reload succeed? The start counts as one. */
   reloaded: () => boolean;
@@ -27,7 +30,6 @@ export interface Gauges {
 
 /** What a request's record does not say. */
 export interface Extras {
-  cachedTokens: number | null;
   /** Mean time between two tokens of this answer. */
   interTokenMs: number | null;
   /** An engine saw it. */
@@ -68,6 +70,8 @@ export class Metrics {
   readonly #aborts;
   readonly #refusals;
   readonly #tokens;
+  readonly #tenantTokens;
+  readonly #lookups;
   readonly #ttft;
   readonly #interToken;
   readonly #duration;
@@ -102,6 +106,13 @@ export class Metrics {
       ["model", "cause"],
     );
     this.#tokens = this.#counter("tokens_total", "Tokens", ["model", "backend_id", "type"]);
+    this.#tenantTokens = this.#counter("tenant_tokens_total", "Tokens of tenants", [
+      "tenant",
+      "type",
+    ]);
+    this.#lookups = this.#counter("cache_lookups_total", "What the cache had for requests", [
+      "result",
+    ]);
     this.#ttft = this.#histogram("ttft_seconds", "From accept to the first token, streams");
     this.#interToken = this.#histogram(
       "inter_token_seconds",
@@ -176,19 +187,27 @@ export class Metrics {
     this.#endings.inc({ model, ending: record.ending, cause });
     if (record.ending === "cancelled") this.#aborts.inc({ model, phase: cause });
     if (record.ending === "failed" && !extras.dispatched) this.#refusals.inc({ model, cause });
-    const tokens = [
-      ["input", record.tokens_input],
-      ["output", record.tokens_generated],
-      ["cached", extras.cachedTokens],
-    ] as const;
-    for (const [type, count] of tokens) {
-      if (count) this.#tokens.inc({ model, backend_id, type }, count);
-    }
     const where = { model, backend_id };
     this.#duration.observe(where, record.latency_ms / 1000);
     if (record.ttft !== null) this.#ttft.observe(where, record.ttft / 1000);
     if (extras.interTokenMs !== null) this.#interToken.observe(where, extras.interTokenMs / 1000);
     if (extras.dispatched) this.#queueWait.observe(where, record.queue_ms / 1000);
+  }
+
+  /** @param result `hit`, `miss`, `joined`, `bypass` */
+  lookup(result: string): void {
+    this.#lookups.inc({ result });
+  }
+
+  /** What an engine did for a request, or for several at once. */
+  tokens(tenant: string, record: RequestRecord, cached: number): void {
+    const where = { model: record.model ?? "none", backend_id: record.backend_id ?? "none" };
+    const counts = { input: record.tokens_input, output: record.tokens_generated, cached };
+    for (const [type, count] of Object.entries(counts)) {
+      if (!count) continue;
+      this.#tokens.inc({ ...where, type }, count);
+      if (type !== "cached") this.#tenantTokens.inc({ tenant, type }, count);
+    }
   }
 
   #counter<Label extends string>(name: string, help: string, labels: readonly Label[]) {
@@ -214,7 +233,7 @@ export class Metrics {
     name: string,
     help: string,
     labels: readonly Label[],
-    read: (set: (labels: Record<Label, string>, value: number) => void) => void,
+    read: (set: (labels: Record<Label, string>, value: number) => void) => void | Promise<void>,
   ) {
     new Gauge({
       name,
@@ -223,12 +242,12 @@ export class Metrics {
       registers: [this.#registry],
       collect() {
         this.reset();
-        read((values, value) => this.inc(values, value));
+        return read((values, value) => this.inc(values, value));
       },
     });
   }
 
-  #observe({ snapshot, usage, running, heldBytes, breakers, reloaded }: Gauges) {
+  #observe({ snapshot, usage, running, heldBytes, breakers, reloaded, cache, budgets }: Gauges) {
     const pair = ["model", "backend_id"] as const;
     this.#gauge("tidegate_requests_in_flight", "Requests in the house", pair, (add) => {
       for (const { model, backend_id } of running()) {
@@ -273,6 +292,16 @@ export class Metrics {
           add(labels, each === current ? 1 : 0);
         }
       }
+    });
+    this.#gauge("tidegate_cache_entries", "Answers that are kept", [], (add) => {
+      add({}, cache().entries);
+    });
+    this.#gauge("tidegate_cache_bytes", "Bytes of the answers that are kept", [], (add) => {
+      add({}, cache().bytes);
+    });
+    const budget = ["tenant", "window"] as const;
+    this.#gauge("tidegate_budget_used_ratio", "Used of a token budget", budget, async (add) => {
+      for (const { tenant, window, ratio } of await budgets()) add({ tenant, window }, ratio);
     });
     this.#gauge("tidegate_held_body_bytes", "Request bodies in memory", [], (add) => {
       add({}, heldBytes());

@@ -39,6 +39,9 @@ export interface RequestRecord {
   load_ms: number;
 }
 
+/** What stands in `cache` until the cache has been asked. */
+export const REFUSED = "bypass;reason=refused";
+
 export function newRecord(requestId: string, endpoint: string): RequestRecord {
   return {
     request_id: requestId,
@@ -51,7 +54,7 @@ export function newRecord(requestId: string, endpoint: string): RequestRecord {
     backend_id: null,
     stream: false,
     cache_hit: false,
-    cache: "bypass;reason=disabled",
+    cache: REFUSED,
     ttft: null,
     tokens_generated: null,
     tokens_input: null,

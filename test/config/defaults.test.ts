@@ -1,11 +1,12 @@
 /** Every key of the contract (§1, what has been built of it): its default, and what it takes. */
 import assert from "node:assert/strict";
 import { describe, it } from "node:test";
+import { schema, tenantOf } from "../../src/config.ts";
 import { check } from "../../src/settings/mistakes.ts";
 
 const MIB = 1024 * 1024;
 
-/** The default of each key; `undefined`: none. Sections under `backends[]` and `models` stand below. */
+/** The default of each key. Those of the entries of lists and maps stand below. */
 const DEFAULTS: Record<string, unknown> = {
   "server.host": "127.0.0.1",
   "server.port": 4000,
@@ -29,6 +30,15 @@ const DEFAULTS: Record<string, unknown> = {
   "drain.delayMs": 0,
   "drain.graceMs": 30_000,
   "auth.keys": [],
+  "auth.jwt": [],
+  tenants: {},
+  "cache.enabled": true,
+  "cache.maxItems": 1000,
+  "cache.maxBytes": 64 * MIB,
+  "cache.ttlMs": 300_000,
+  "cache.streamCacheDisabled": true,
+  "redis.timeoutMs": 20,
+  "redis.prefix": "tidegate:",
   "circuitBreaker.failureThreshold": 3,
   "circuitBreaker.resetTimeoutMs": 10_000,
   "circuitBreaker.halfOpenRequests": 1,
@@ -40,18 +50,8 @@ const DEFAULTS: Record<string, unknown> = {
   "admin.enabled": true,
 };
 
-/** Of sections that need not stand there: what is in them when they do. */
-const WHEN_SET: Record<string, Record<string, unknown>> = {
-  cache: {
-    enabled: true,
-    maxItems: 1000,
-    maxBytes: 64 * MIB,
-    ttlMs: 300_000,
-    streamCacheDisabled: true,
-  },
-};
-
 const BACKEND = { id: "a", url: "http://127.0.0.1:1" };
+const ISSUER = { issuer: "https://id.example", audience: "tidegate", jwksFile: "keys.json" };
 
 function accepted(raw: unknown): Record<string, unknown> {
   const result = check(raw);
@@ -78,6 +78,10 @@ function inBackend(fields: object): object {
   return { backends: [{ ...BACKEND, ...fields }] };
 }
 
+function budget(window: string): object {
+  return { tokens: 1, window };
+}
+
 function inModel(fields: object): object {
   return { models: { m: fields } };
 }
@@ -94,13 +98,6 @@ describe("defaults", () => {
     }
   });
 
-  it("fill the cache only where it is set", () => {
-    for (const [section, defaults] of Object.entries(WHEN_SET)) {
-      assert.equal(section in accepted({}), false);
-      assert.deepEqual(accepted({ [section]: {} })[section], defaults);
-    }
-  });
-
   it("give a backend its weight and the pace of its probe", () => {
     assert.deepEqual(accepted({ backends: [BACKEND] })["backends"], [
       { ...BACKEND, allowCloud: false, weight: 1, healthInterval: 5000, timeout: 3000 },
@@ -109,6 +106,35 @@ describe("defaults", () => {
 
   it("give a model no alias", () => {
     assert.deepEqual(accepted({ models: { m: {} } })["models"], { m: { aliases: [] } });
+  });
+
+  it("give a tenant every model, the usual priority and no limit", () => {
+    assert.deepEqual(accepted({ tenants: { t: {} } })["tenants"], {
+      t: { weight: 1, priority: "default", models: ["*"], budgets: [] },
+    });
+  });
+
+  it("give a key the tenant default, and an issuer algorithms, tolerance and claim", () => {
+    const { auth } = accepted({ auth: { keys: [{ key: "k" }], jwt: [ISSUER] } });
+    assert.deepEqual(auth, {
+      keys: [{ key: "k", tenant: "default" }],
+      jwt: [
+        {
+          ...ISSUER,
+          algorithms: ["RS256", "ES256", "EdDSA"],
+          toleranceS: 5,
+          tenantClaim: "tenant",
+        },
+      ],
+    });
+  });
+
+  it("give `default` its settings, whether it is listed or not", () => {
+    const plain = tenantOf(schema.parse({}), "default");
+    assert.deepEqual(plain.models, ["*"]);
+    const listed = schema.parse({ tenants: { default: { models: ["a"] } } });
+    assert.deepEqual(tenantOf(listed, "default").models, ["a"]);
+    assert.deepEqual(tenantOf(listed, "constructor").models, ["*"], "what objects inherit is none");
   });
 });
 
@@ -129,7 +155,18 @@ describe("values", () => {
     ["drain.delayMs", 0],
     ["drain.graceMs", 0],
     ["auth.keys", [{ key: "k" }, { hash: `sha256:${"0".repeat(64)}` }]],
-    ["cache", { maxItems: 1, ttlMs: 0 }],
+    ["auth.jwt", [], [{ ...ISSUER, toleranceS: 0, algorithms: ["PS512"], tenantClaim: "a.b" }]],
+    ["tenants", { a: {}, "B_2.c-d": { weight: 0.1, priority: "batch", models: [] } }],
+    ["tenants.t.budgets", [], ["90s", "5m", "1h", "day", "month"].map(budget)],
+    ["tenants.t.priority", "interactive", "default", "batch"],
+    ["tenants.t.concurrency", 1, big],
+    ["tenants.t.requestsPerMinute", 1],
+    ["tenants.t.maxOutputTokens", 1],
+    ["cache", { maxItems: 1, ttlMs: 1 }],
+    ["cache.streamCacheDisabled", false],
+    ["redis", {}, { url: "redis://127.0.0.1:6379" }, { url: "rediss://u:p@valkey.lan/1" }],
+    ["redis.timeoutMs", 1, big],
+    ["redis.prefix", "", "a:"],
     ["circuitBreaker", {}, { failureThreshold: 1 }],
     ["circuitBreaker.failureThreshold", 1, big],
     ["circuitBreaker.resetTimeoutMs", 1, big],
@@ -154,7 +191,30 @@ describe("values", () => {
     ["limits.bodyBytes", 0, "32 MiB"],
     ["drain.graceMs", -1],
     ["auth.keys", [{}], [{ key: "" }], [{ hash: "sha256:00" }], [{ hash: "md5:00" }], ["k"]],
-    ["cache", true, { maxItems: 0 }, { maxBytes: 0 }],
+    ["auth.keys", [{ key: "k", tenant: "" }], [{ key: "k", tenant: "nobody" }]],
+    [
+      "auth.jwt",
+      {},
+      [{}],
+      [{ ...ISSUER, issuer: "" }],
+      [{ ...ISSUER, audience: undefined }],
+      [{ ...ISSUER, jwksFile: undefined }],
+      [{ ...ISSUER, jwksUrl: "http://a" }],
+      [{ ...ISSUER, jwksFile: undefined, jwksUrl: "file:///a" }],
+      [{ ...ISSUER, jwksFile: undefined, jwksUrl: "http://u:p@a" }],
+      [{ ...ISSUER, algorithms: [] }],
+      [{ ...ISSUER, algorithms: ["HS256"] }],
+      [{ ...ISSUER, algorithms: ["none"] }],
+      [{ ...ISSUER, toleranceS: -1 }],
+      [{ ...ISSUER, tenantClaim: "" }],
+    ],
+    ["tenants", [], { "a b": {} }, { "": {} }, { ["x".repeat(65)]: {} }, { "a/b": {} }],
+    ["tenants.t", { weight: 0 }, { priority: "high" }, { models: "*" }, { models: [""] }],
+    ["tenants.t", { concurrency: 0 }, { requestsPerMinute: 0 }, { maxOutputTokens: 0 }],
+    ["tenants.t.budgets", ["1d", "0s", "5", "m", "1.5h", "Day", "week", ""].map(budget), [{}]],
+    ["tenants.t.budgets", [{ tokens: 0, window: "day" }], { tokens: 1, window: "day" }],
+    ["cache", true, { maxItems: 0 }, { maxBytes: 0 }, { ttlMs: 0 }],
+    ["redis", "redis://a", { url: "http://a" }, { url: "127.0.0.1:6379" }, { timeoutMs: 0 }],
     ["circuitBreaker", null, { failureThreshold: 0 }, { halfOpenRequests: 0 }, { rate: 0.5 }],
     ["circuitBreaker.resetTimeoutMs", -1, 0.5, "10s"],
     ["metrics.labels", ["user"], "model"],

@@ -1,5 +1,8 @@
 /** Where the configuration comes from: flag over environment over file over default. */
 import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
+import { writeFile } from "node:fs/promises";
+import { join } from "node:path";
 import { describe, it } from "node:test";
 import type { Environment } from "../../src/settings/environment.ts";
 import { isLoopback } from "../../src/caller.ts";
@@ -110,7 +113,8 @@ describe("TIDEGATE_API_KEYS", () => {
   ];
   for (const [value, expected] of forms) {
     it(`reads "${value}"`, async () => {
-      const { environmentKeys } = await load({}, { environment: { TIDEGATE_API_KEYS: value } });
+      const file = { tenants: { team: {}, "a.b-c_d": {} } };
+      const { environmentKeys } = await load(file, { environment: { TIDEGATE_API_KEYS: value } });
       assert.deepEqual(
         environmentKeys.map(({ tenant, key }) => [tenant, key]),
         expected,
@@ -123,8 +127,115 @@ describe("TIDEGATE_API_KEYS", () => {
     const { config, environmentKeys } = await load(file, {
       environment: { TIDEGATE_API_KEYS: "another" },
     });
-    assert.deepEqual(config.auth.keys, [{ key: "of the file" }]);
+    assert.deepEqual(config.auth.keys, [{ key: "of the file", tenant: "default" }]);
     assert.equal(environmentKeys.length, 1);
+  });
+
+  it("names tenants that are listed, and shows no key where it does not", async () => {
+    const environment = { TIDEGATE_API_KEYS: "taem=sk-secret,team=a,other=b,default=c" };
+    const error = await failure(load({ tenants: { team: {} } }, { environment }));
+    assert.deepEqual(
+      error.mistakes.map(({ path, value, suggestion }) => [path, value, suggestion]),
+      [
+        ["TIDEGATE_API_KEYS", "taem=***", "team"],
+        ["TIDEGATE_API_KEYS", "other=***", null],
+      ],
+    );
+    assert.match(error.message, /listed in tenants: default, team/);
+    assert.doesNotMatch(error.message, /sk-secret/);
+  });
+});
+
+describe("a key", () => {
+  const hash = `sha256:${createHash("sha256").update("one").digest("hex")}`;
+  const tenants = { a: {}, b: {} };
+
+  it("is one tenant's, in whatever form it is written", async () => {
+    const keys = [
+      { key: "one", tenant: "a" },
+      { hash, tenant: "b" },
+    ];
+    const environment = { TIDEGATE_API_KEYS: "one" };
+    const error = await failure(load({ tenants, auth: { keys } }, { environment }));
+    assert.deepEqual(paths(error), ["auth.keys[1]", "TIDEGATE_API_KEYS"]);
+    assert.match(error.message, /auth\.keys\[0\] has this one, for tenant a/);
+    assert.doesNotMatch(error.message, /"one"|sha256/);
+  });
+
+  it("may stand there twice for the same one", async () => {
+    const environment = { TIDEGATE_API_KEYS: "a=one" };
+    await load({ tenants, auth: { keys: [{ hash, tenant: "a" }] } }, { environment });
+  });
+
+  it("of the operator is no client's", async () => {
+    const admin = { key: "one" };
+    const own = await failure(load({ tenants, auth: { keys: [{ hash }] }, admin }));
+    assert.deepEqual(paths(own), ["admin.key"]);
+    assert.match(own.message, /no client's: auth\.keys\[0\]/);
+    const environment = { TIDEGATE_API_KEYS: "two,one", TIDEGATE_ADMIN_KEY: "two" };
+    const [mistake] = (await failure(load({}, { environment }))).mistakes;
+    assert.match(mistake?.expected ?? "", /TIDEGATE_API_KEYS has it.*from TIDEGATE_ADMIN_KEY/);
+    await load({ admin }, { environment: { TIDEGATE_API_KEYS: "two" } });
+  });
+});
+
+describe("jwksFile", () => {
+  const publicKey = {
+    kty: "OKP",
+    crv: "Ed25519",
+    x: "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo",
+  };
+  const issuing = (jwksFile: string) => ({
+    auth: { jwt: [{ issuer: "i", audience: "a", jwksFile }] },
+  });
+
+  it("is read, from the working directory or by its whole path", async () => {
+    const folder = await directory({ "keys.json": { keys: [{ ...publicKey, kid: "1" }] } });
+    for (const file of ["keys.json", "./keys.json", join(folder, "keys.json")]) {
+      await writeFile(join(folder, "gateway.config.json"), JSON.stringify(issuing(file)));
+      const { keyFiles } = await loadFrom({}, {}, folder);
+      assert.deepEqual([...keyFiles], [[file, { keys: [{ ...publicKey, kid: "1" }] }]]);
+    }
+  });
+
+  const broken: [string, string | object, RegExp][] = [
+    ["missing", "", /there is none/],
+    ["no JSON", "-----BEGIN sk-secret", /not JSON/],
+    ["no key set", { kty: "OKP", x: "sk-secret" }, /"keys"/],
+    ["without keys", { keys: [] }, /at least one key/],
+    [
+      "one with a private key",
+      { keys: [publicKey, { ...publicKey, d: "sk-secret" }] },
+      /not public/,
+    ],
+    ["one with a symmetric key", { keys: [{ kty: "oct", k: "sk-secret" }] }, /not public/],
+    ["too large", " ".repeat(1024 * 1024 + 1), /more than/],
+  ];
+  for (const [what, content, words] of broken) {
+    it(`that is ${what} is a mistake, beside all others, and not quoted`, async () => {
+      const config = { ...issuing("keys.json"), queue: { maxLength: 0 } };
+      const files = what === "missing" ? {} : { "keys.json": content };
+      const folder = await directory({ "gateway.config.json": config, ...files });
+      const error = await failure(loadFrom({}, {}, folder));
+      assert.deepEqual(paths(error), ["queue.maxLength", "auth.jwt[0].jwksFile"]);
+      const [, mistake] = error.mistakes;
+      assert.equal(mistake?.value, "keys.json");
+      assert.match(mistake.expected, words);
+      assert(mistake.expected.includes(folder), "says where paths begin");
+      assert.doesNotMatch(error.message, /sk-secret/);
+    });
+  }
+
+  it("that is a folder or a device is a mistake, and holds nothing up", async () => {
+    for (const file of ["/", "/dev/zero", "."]) {
+      assert.match((await failure(load(issuing(file)))).message, /this is no file/);
+    }
+  });
+
+  it("does not tell in words what a variable holds", async () => {
+    const environment = { SECRET: "sk-secret" };
+    const [mistake] = (await failure(load(issuing("${SECRET}"), { environment }))).mistakes;
+    assert.doesNotMatch(mistake?.expected ?? "sk-secret", /sk-secret/);
   });
 });
 
@@ -201,7 +312,7 @@ describe("the bind rule", () => {
   it("does not start beyond loopback without keys, and says the three ways out", async () => {
     const error = await failure(load(open));
     assert.deepEqual(paths(error), ["server.host"]);
-    for (const way of ["auth.keys", "127.0.0.1", "server.insecure"]) {
+    for (const way of ["auth.keys", "auth.jwt", "127.0.0.1", "server.insecure"]) {
       assert(error.message.includes(way), way);
     }
   });
@@ -210,8 +321,10 @@ describe("the bind rule", () => {
     assert.deepEqual(paths(await failure(load({}, { flags: { host: "::" } }))), ["server.host"]);
   });
 
-  it("is content with keys of the file, keys of the environment, or insecure", async () => {
+  it("is content with keys of the file, keys of the environment, tokens, or insecure", async () => {
     await load({ ...open, auth: { keys: [{ key: "k" }] } });
+    const issuer = { issuer: "i", audience: "a", jwksUrl: "http://127.0.0.1:1" };
+    await load({ ...open, auth: { jwt: [issuer] } });
     await load(open, { environment: { TIDEGATE_API_KEYS: "k" } });
     await load({ server: { host: "0.0.0.0", insecure: true } });
   });
@@ -219,6 +332,10 @@ describe("the bind rule", () => {
   it("is reported beside every other mistake", async () => {
     const error = await failure(load({ server: { host: "0.0.0.0" }, queue: { maxLength: 0 } }));
     assert.deepEqual(paths(error).toSorted(), ["queue.maxLength", "server.host"]);
+    const tenants = { team: { weight: 1 } };
+    const guarded = { tenants, auth: { keys: [{ key: "k", tenant: "team" }] } };
+    const other = await failure(load({ ...open, ...guarded, queue: { maxLength: 0 } }));
+    assert.deepEqual(paths(other), ["queue.maxLength"], "and not where a tenant's key guards");
   });
 
   it("knows what loopback is", () => {
@@ -237,18 +354,12 @@ describe("notes", () => {
     const file = {
       cache: { enabled: false },
       circuitBreaker: {},
+      redis: {},
       models: { m: { fallback: "n", maxOutputTokens: 9 }, n: { maxOutputTokens: 1 }, o: {} },
     };
-    const later = "accepted, in effect from a later version";
-    assert.deepEqual(
-      (await load(file)).notes.toSorted(),
-      [
-        `cache: ${later}`,
-        `models.m.fallback: ${later}`,
-        `models.m.maxOutputTokens: ${later}`,
-        `models.n.maxOutputTokens: ${later}`,
-      ].toSorted(),
-    );
+    assert.deepEqual((await load(file)).notes, [
+      "models.m.fallback: accepted, in effect from a later version",
+    ]);
     assert.deepEqual((await load({ models: { o: { aliases: ["x"] } } })).notes, []);
   });
 

@@ -1,6 +1,7 @@
 /** What is wrong with a configuration: everything at once, each with its path, value, and way out. */
 import assert from "node:assert/strict";
 import { describe, it } from "node:test";
+import { schema } from "../../src/config.ts";
 import { check, describe as inWords, type Mistake } from "../../src/settings/mistakes.ts";
 
 function mistakesOf(raw: unknown): Mistake[] {
@@ -22,6 +23,8 @@ const two = [
   { id: "vllm-prod", url: "http://127.0.0.1:2", models: [{ name: "qwen2.5:14b", upstream: "Q" }] },
 ];
 
+const issuer = { issuer: "https://id.example", audience: "a", jwksUrl: "http://127.0.0.1:1" };
+
 describe("unknown keys", () => {
   const places: [path: string, build: (key: string) => object, near: string, key: string][] = [
     ["", (key) => ({ [key]: {} }), "serve", "server"],
@@ -38,6 +41,21 @@ describe("unknown keys", () => {
       "resetTimeout",
       "resetTimeoutMs",
     ],
+    ["redis.", (key) => ({ redis: { [key]: 1 } }), "timeoutMS", "timeoutMs"],
+    ["tenants.t.", (key) => ({ tenants: { t: { [key]: 1 } } }), "model", "models"],
+    [
+      "tenants.t.budgets[0].",
+      (key) => ({ tenants: { t: { budgets: [{ tokens: 1, window: "day", [key]: 1 }] } } }),
+      "windows",
+      "window",
+    ],
+    [
+      "auth.jwt[0].",
+      (key) => ({ auth: { jwt: [{ ...issuer, [key]: 1 }] } }),
+      "tenantClaims",
+      "tenantClaim",
+    ],
+    ["auth.keys[0].", (key) => ({ auth: { keys: [{ key: "k", [key]: 1 }] } }), "tenat", "tenant"],
     ["metrics.", (key) => ({ metrics: { [key]: 1 } }), "label", "labels"],
     ["telemetry.", (key) => ({ telemetry: { [key]: 1 } }), "servicename", "serviceName"],
     ["admin.", (key) => ({ admin: { [key]: 1 } }), "enable", "enabled"],
@@ -88,10 +106,6 @@ describe("keys of a later version", () => {
     ["models.m.warm", { models: { m: { warm: true } } }],
     ["queue.turnMs", { queue: { turnMs: "auto" } }],
     ["timeouts.loadMs", { timeouts: { loadMs: 1 } }],
-    ["auth.jwt", { auth: { jwt: [] } }],
-    ["auth.keys[0].tenant", { auth: { keys: [{ key: "k", tenant: "t" }] } }],
-    ["tenants", { tenants: {} }],
-    ["redis", { redis: {} }],
     ["telemetry.slowMs", { telemetry: { slowMs: 1 } }],
   ];
   for (const [path, raw] of later) {
@@ -149,13 +163,17 @@ describe("wrong values", () => {
 
   it("of any shape are mistakes and never an exception", () => {
     const odd: unknown[] = [null, 1, "x", [], {}, [null], [[]], [{}], { m: null }, { m: [] }];
-    for (const key of ["server", "backends", "models", "auth", "cache", "metrics", "queue"]) {
+    for (const key of Object.keys(schema.shape)) {
       for (const value of odd) check({ [key]: value });
     }
     for (const value of odd) {
       check({ backends: [{ id: value, url: value, models: value, kind: value }] });
       check({ models: { m: { backends: value, aliases: value, fallback: value } } });
       check({ backends: two, models: { m: { backends: value, aliases: value, fallback: value } } });
+      check({ auth: { keys: value, jwt: value }, tenants: value });
+      check({ auth: { keys: [{ key: value, tenant: value }] }, tenants: { t: value } });
+      check({ auth: { jwt: [value, { issuer: value, jwksUrl: value, jwksFile: value }] } });
+      check({ tenants: { t: { models: value, budgets: value } } });
     }
   });
 });
@@ -211,6 +229,45 @@ describe("between keys", () => {
     assert("config" in check(upstream), "what the engine calls it is no public name");
   });
 
+  it("a key's tenant is listed, unless it is the default one", () => {
+    const tenants = { research: {}, "night-shift": {} };
+    const keys = (tenant: string) => ({ tenants, auth: { keys: [{ key: "k", tenant }] } });
+    for (const tenant of ["research", "night-shift", "default"]) {
+      assert("config" in check(keys(tenant)), tenant);
+    }
+    const mistake = mistakeOf(keys("reserch"));
+    assert.deepEqual(
+      [mistake.path, mistake.value, mistake.suggestion],
+      ["auth.keys[0].tenant", "reserch", "research"],
+    );
+    assert.match(mistake.expected, /default, research, night-shift/);
+    assert.equal(mistakeOf(keys("constructor")).suggestion, null);
+  });
+
+  it("an issuer's keys come from a URL or from a file", () => {
+    const { jwksUrl, ...without } = issuer;
+    const both = { ...issuer, jwksFile: "keys.json" };
+    for (const [entry, words] of [
+      [without, /^auth\.jwt\[0\]: missing, expected either jwksUrl or jwksFile/],
+      [both, /^auth\.jwt\[0\]: found "both", expected either jwksUrl or jwksFile/],
+    ] as const) {
+      assert.match(inWords(mistakeOf({ auth: { jwt: [entry] } })), words);
+    }
+    assert("config" in check({ auth: { jwt: [{ ...without, jwksFile: "keys.json" }] } }), jwksUrl);
+  });
+
+  it("a tenant's name is one that stands in labels and headers as it is", () => {
+    const mistake = mistakeOf({ tenants: { "night shift": { models: ["a"] } } });
+    assert.deepEqual([mistake.path, mistake.value], ['tenants."night shift"', "night shift"]);
+    assert.match(mistake.expected, /letters, digits, \. _ and -/);
+  });
+
+  it("a budget's window says what it may be", () => {
+    const mistake = mistakeOf({ tenants: { t: { budgets: [{ tokens: 1, window: "1d" }] } } });
+    assert.deepEqual([mistake.path, mistake.value], ["tenants.t.budgets[0].window", "1d"]);
+    assert.match(mistake.expected, /"5m".*"day" or "month"/);
+  });
+
   it("a model may not repeat its own alias", () => {
     assert.equal(mistakeOf({ models: { a: { aliases: ["x", "x"] } } }).path, "models.a.aliases[1]");
   });
@@ -233,7 +290,16 @@ describe("secrets", () => {
     "a misspelt admin key": { admin: { kye: SECRET } },
     "a key in place of admin": { admin: SECRET },
     "a key by another name": { backends: [{ ...two[0], bearer: SECRET, token: SECRET }] },
-    "the password in a url of a later version": { redis: { url: `redis://:${SECRET}@box` } },
+    "the password in a url that is no text": { redis: { url: [`redis://:${SECRET}@box`] } },
+    "the password in the url of something else": { redis: { url: `http://:${SECRET}@box` } },
+    "the password in a url without slashes": { redis: { uri: `redis:${SECRET}@box` } },
+    "a url in the place of its section": { redis: `redis://:${SECRET}@box:6379/1` },
+    "a password that stands alone": { redis: { pass: SECRET, password: SECRET } },
+    "the password in the url of a key server": {
+      auth: { jwt: [{ ...issuer, jwksUrl: `https://u:${SECRET}@box/keys?token=${SECRET}` }] },
+    },
+    "a secret where an issuer needs none": { auth: { jwt: [{ ...issuer, clientSecret: SECRET }] } },
+    "a symmetric key of an issuer": { auth: { jwt: [{ ...issuer, k: SECRET }] } },
     "the password in a backend's url": { backends: [{ id: "a", url: `ftp://u:${SECRET}@box` }] },
     "a password with an @ in it": { backends: [{ id: "a", url: `http://u:x@y${SECRET}@box` }] },
     "a password with a / in it": { backends: [{ id: "a", url: `http://u:x/${SECRET}@box` }] },

@@ -19,11 +19,23 @@ const CONFIG = {
       apiKey: SECRET,
     },
   ],
-  auth: { keys: [{ key: SECRET }] },
+  auth: {
+    keys: [{ key: SECRET, tenant: "key-users" }],
+    jwt: [
+      { issuer: "https://id.example", audience: "us", jwksUrl: `http://127.0.0.1:9/?k=${SECRET}` },
+    ],
+  },
+  tenants: { "key-users": { models: ["key*"] } },
+  redis: { url: `redis://:${SECRET}@127.0.0.1:9/1` },
   admin: { key: "${ADMIN_KEY}" },
 };
-const ENV = { ADMIN_KEY: SECRET, TIDEGATE_QUEUE_MAX_LENGTH: "7", TIDEGATE_API_KEYS: `t=${SECRET}` };
-const OPERATOR = { headers: { "x-api-key": SECRET } };
+const OPERATORS = `${SECRET}-of-operators`;
+const ENV = {
+  ADMIN_KEY: OPERATORS,
+  TIDEGATE_QUEUE_MAX_LENGTH: "7",
+  TIDEGATE_API_KEYS: `key-users=${SECRET}-of-environment`,
+};
+const OPERATOR = { headers: { "x-api-key": OPERATORS } };
 
 describe("--check --print", () => {
   it("shows every value and where it comes from", TIMEOUT, async () => {
@@ -40,6 +52,12 @@ describe("--check --print", () => {
       /^ {2}backends\[key-box\]\.models +\["keyhole"\] {2}\(file\)$/m,
       /^ {2}backends\[key-box\]\.apiKey +"\*\*\*" {2}\(file\)$/m,
       /^ {2}auth\.keys\[0\]\.key +"\*\*\*" {2}\(file\)$/m,
+      /^ {2}auth\.keys\[0\]\.tenant +"key-users" {2}\(file\)$/m,
+      /^ {2}auth\.jwt\[0\]\.issuer +"https:\/\/id\.example" {2}\(file\)$/m,
+      /^ {2}auth\.jwt\[0\]\.jwksUrl +"http:\/\/127\.0\.0\.1:9\/\?\*\*\*" {2}\(file\)$/m,
+      /^ {2}tenants\.key-users\.models +\["key\*"\] {2}\(file\)$/m,
+      /^ {2}redis\.url +"redis:\/\/\*\*\*@127\.0\.0\.1:9\/1" {2}\(file\)$/m,
+      /^ {2}redis\.prefix +"tidegate:" {2}\(default\)$/m,
       /^ {2}admin\.key +"\*\*\*" {2}\(file\)$/m,
     ]) {
       assert.match(said, line);
@@ -79,9 +97,14 @@ describe("a gateway that runs", () => {
         told.push((await send(`${gateway.url}/admin/api/${path}`, body, OPERATOR)).text);
       };
       await ask("config");
-      const other = { ...CONFIG, auth: { keys: [{ key: `${SECRET}-2` }] } };
+      const other = {
+        ...CONFIG,
+        auth: { keys: [{ key: `${SECRET}-2`, tenant: "key-users" }] },
+        redis: { url: `redis://:${SECRET}-2@127.0.0.1:9/1` },
+      };
       await ask("reload?dry_run=true", other);
       assert.match(told.at(-1) ?? "", /"auth\.keys\[0\]\.key","from":"\*\*\*","to":"\*\*\*"/);
+      assert.match(told.at(-1) ?? "", /"redis\.url","from":"redis:\/\/\*\*\*@127/);
       await gateway.writeConfig(other);
       await ask("reload", {});
       await gateway.writeConfig({ ...other, admin: { kye: SECRET } });

@@ -88,7 +88,11 @@ describe("secrets in values and changes", () => {
   const SECRET = "correct-horse-battery";
   const secrets: ConfigInput = {
     backends: [{ ...A, apiKey: SECRET }],
-    auth: { keys: [{ key: SECRET }, { hash: `sha256:${"5ec2e7".repeat(10)}0000` }] },
+    auth: {
+      keys: [{ key: SECRET }, { hash: `sha256:${"5ec2e7".repeat(10)}0000` }],
+      jwt: [{ issuer: "i", audience: "a", jwksUrl: `https://id.example/keys?token=${SECRET}` }],
+    },
+    redis: { url: `redis://user:${SECRET}@box:6379/1` },
     admin: { key: SECRET },
     telemetry: { otlpEndpoint: `http://user:${SECRET}@collector:4318/v1?token=${SECRET}` },
   };
@@ -103,6 +107,8 @@ describe("secrets in values and changes", () => {
       'backends[a].apiKey = "***" (file)',
       'auth.keys[0].key = "***" (file)',
       'auth.keys[1].hash = "***" (file)',
+      'auth.jwt[0].jwksUrl = "https://id.example/keys?***" (file)',
+      'redis.url = "redis://***@box:6379/1" (file)',
       'telemetry.otlpEndpoint = "http://***@collector:4318/v1?***" (file)',
       'admin.key = "***" (file)',
     ]);
@@ -115,8 +121,10 @@ describe("secrets in values and changes", () => {
     const made = changes(secrets, other);
     assert.deepEqual(made.map(({ path }) => path).toSorted(), [
       "admin.key",
+      "auth.jwt[0].jwksUrl",
       "auth.keys[0].key",
       "backends[a].apiKey",
+      "redis.url",
       "telemetry.otlpEndpoint",
     ]);
     assert(!JSON.stringify(made).includes(SECRET), JSON.stringify(made));
@@ -126,16 +134,42 @@ describe("secrets in values and changes", () => {
     assert(!gone.includes(SECRET), gone);
   });
 
-  it("are not the names of models and backends that only sound so", () => {
+  it("are not the names of models, backends and tenants that only sound so", () => {
     const raw = {
       backends: [{ id: "key-box", url: A.url, models: ["keyhole:7b", "secret-agent"] }],
       models: { "keyhole:7b": { aliases: ["hash-brown"], backends: ["key-box"] } },
+      tenants: { "key-users": { models: ["keyhole*"] } },
+      redis: { url: "redis://127.0.0.1:6379", prefix: "hash:" },
     };
     const text = JSON.stringify(valuesOf(schema.parse(raw), [["file", raw]]));
-    for (const name of ["key-box", "keyhole:7b", "secret-agent", "hash-brown"]) {
-      assert(text.includes(`"${name}"`), `${name} in ${text}`);
-    }
+    const names = ["key-box", "keyhole:7b", "secret-agent", "hash-brown", "keyhole*", "hash:"];
+    for (const name of names) assert(text.includes(`"${name}"`), `${name} in ${text}`);
+    assert(text.includes("tenants.key-users.weight"), text);
     assert(!text.includes("***"), text);
+  });
+
+  it("are not what an issuer is known by, nor whose key it is", () => {
+    const jwt = {
+      issuer: "https://id.example",
+      audience: "the-key-club",
+      jwksFile: "/etc/keys.json",
+      algorithms: ["ES256" as const],
+      tenantClaim: "realm.secretary",
+    };
+    const raw = { tenants: { t: {} }, auth: { keys: [{ key: SECRET, tenant: "t" }], jwt: [jwt] } };
+    const shown = lines(valuesOf(schema.parse(raw), [["file", raw]]));
+    for (const line of [
+      'auth.keys[0].key = "***" (file)',
+      'auth.keys[0].tenant = "t" (file)',
+      'auth.jwt[0].issuer = "https://id.example" (file)',
+      'auth.jwt[0].audience = "the-key-club" (file)',
+      'auth.jwt[0].jwksFile = "/etc/keys.json" (file)',
+      'auth.jwt[0].algorithms = ["ES256"] (file)',
+      'auth.jwt[0].tenantClaim = "realm.secretary" (file)',
+      "auth.jwt[0].toleranceS = 5 (default)",
+    ]) {
+      assert(shown.includes(line), `${line} in\n${shown.join("\n")}`);
+    }
   });
 
   it("are not times and numbers either", () => {
@@ -162,14 +196,13 @@ describe("changes", () => {
     assert.deepEqual(changes({ admin: {} }, { telemetry: { otlpEndpoint: "http://a" } }), [
       { path: "telemetry.otlpEndpoint", from: null, to: "http://a" },
     ]);
-    const cached = changes({ cache: {} }, {});
-    assert.deepEqual(
-      cached.map(({ path, to }) => [path, to]),
-      ["enabled", "maxItems", "maxBytes", "ttlMs", "streamCacheDisabled"].map((key) => [
-        `cache.${key}`,
-        null,
-      ]),
-    );
+    assert.deepEqual(changes({ tenants: { t: { budgets: [{ tokens: 9, window: "day" }] } } }, {}), [
+      { path: "tenants.t.weight", from: 1, to: null },
+      { path: "tenants.t.priority", from: "default", to: null },
+      { path: "tenants.t.models", from: ["*"], to: null },
+      { path: "tenants.t.budgets[0].tokens", from: 9, to: null },
+      { path: "tenants.t.budgets[0].window", from: "day", to: null },
+    ]);
   });
 
   it("follow a backend by its id, wherever it stands", () => {

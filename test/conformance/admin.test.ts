@@ -280,6 +280,81 @@ describe("GET backends", () => {
   });
 });
 
+describe("GET tenants", () => {
+  it("is each tenant, `default` too, and what it uses", TIMEOUT, async () => {
+    const tenants = {
+      team: {
+        weight: 3,
+        priority: "batch",
+        requestsPerMinute: 60,
+        budgets: [
+          { tokens: 5000, window: "1h" },
+          { tokens: 90_000, window: "day" },
+        ],
+      },
+    };
+    const auth = { keys: [{ key: "team's", tenant: "team" }, { key: "anybody's" }] };
+    await operating(
+      { a: { models: model } },
+      { tenants, auth },
+      async ({ admin, engines, url }) => {
+        const read = async () => {
+          const answer = await admin("tenants");
+          assert.equal(answer.status, 200);
+          assert(!answer.text.includes("team's"), "no key");
+          const list = answer.json() as unknown as Fields[];
+          assert.deepEqual(
+            list.map(({ id }) => id),
+            ["default", "team"],
+          );
+          for (const each of list) {
+            const keys = "id weight priority inFlight queued requests tokens budgets";
+            assert.deepEqual(keysOf(each), words(keys));
+            assert.deepEqual(keysOf(each["tokens"]), words("input output estimated"));
+          }
+          return list as [Fields, Fields];
+        };
+        const nothing = { input: 0, output: 0, estimated: 0 };
+        const idle = { inFlight: 0, queued: 0, requests: 0, tokens: nothing };
+        const [anybody, team] = await read();
+        const plain = { id: "default", weight: 1, priority: "default", ...idle, budgets: [] };
+        assert.deepEqual(anybody, plain);
+        const { budgets, ...rest } = team;
+        assert.deepEqual(rest, { id: "team", weight: 3, priority: "batch", ...idle });
+        const [hour, day] = budgets as [Fields, Fields];
+        assert.deepEqual(keysOf(hour), words("window limit used reserved resetAt"));
+        assert.deepEqual(
+          [hour["window"], hour["limit"], hour["used"], hour["reserved"]],
+          ["1h", 5000, 0, 0],
+        );
+        assert(Math.abs((hour["resetAt"] as number) - Date.now()) < 60_000, "nothing to wait for");
+        const midnight = Math.ceil(Date.now() / 86_400_000) * 86_400_000;
+        assert(Math.abs((day["resetAt"] as number) - midnight) <= 2, "Unix milliseconds");
+
+        engines["a"]?.behave({ promptTokens: 500, tokens: 500, headersDelayMs: 300 });
+        const by = (key: string) => ({ headers: { authorization: `Bearer ${key}` } });
+        const answers = [openaiChat(url, {}, by("team's")), openaiChat(url, {}, by("anybody's"))];
+        assert(await until(async () => (await read())[1]["inFlight"] === 1));
+        const [running] = (await read())[1]["budgets"] as [Fields];
+        assert((running["reserved"] as number) > 0);
+        for (const answer of await Promise.all(answers)) assert.equal(answer.status, 200);
+        const [theirs, ours] = await read();
+        const tokens = { input: 500, output: 500, estimated: 0 };
+        for (const each of [theirs, ours]) {
+          assert.deepEqual([each["requests"], each["tokens"]], [1, tokens]);
+          assert.equal(each["inFlight"], 0);
+        }
+        const [settled] = ours["budgets"] as [Fields];
+        assert.equal(settled["reserved"], 0);
+        const used = settled["used"] as number;
+        assert(used > 980 && used <= 1000, `${used}`);
+        // A fifth of the hour's budget is a fifth of an hour.
+        assert(Math.abs((settled["resetAt"] as number) - Date.now() - used * 720) < 2000);
+      },
+    );
+  });
+});
+
 describe("drain and resume", () => {
   const two = {
     a: { models: model, backend: { concurrency: 1 } },
@@ -634,7 +709,8 @@ describe("GET config", () => {
         assert.deepEqual(of("backends[a].apiKey"), ["***", "file"]);
         assert.deepEqual(of("backends[a].weight"), [1, "default"]);
         assert.deepEqual(of("admin.key"), ["***", "file"]);
-        const keys = values.filter(({ path }) => path.startsWith("auth.keys"));
+        assert.deepEqual(of("auth.keys[0].tenant"), ["default", "default"]);
+        const keys = values.filter(({ path }) => /^auth\.keys.*(?<!tenant)$/.test(path));
         assert(keys.length > 0 && keys.every(({ value }) => value === "***"));
       },
       { args: ["--log-level", "debug"], env: { TIDEGATE_QUEUE_HEARTBEAT_MS: "777" } },
@@ -662,6 +738,7 @@ describe("what is not there", () => {
         ["snapshot", "GET, HEAD"],
         ["backends", "GET, HEAD"],
         ["config", "GET, HEAD"],
+        ["tenants", "GET, HEAD"],
         ["reload", "POST"],
         ["backends/a/drain", "POST"],
         ["backends/a/resume", "POST"],
@@ -688,7 +765,7 @@ describe("what is not there", () => {
             { "x-api-key": "operator" },
             { "x-forwarded-for": "1.2.3.4" },
           ]) {
-            for (const path of ["snapshot", "backends", "config", "nothing"]) {
+            for (const path of ["snapshot", "backends", "config", "tenants", "nothing"]) {
               expectError(await admin(path, undefined, { headers }), 404, "unknown_url");
             }
             for (const path of ["reload", "backends/a/drain"]) {
@@ -708,7 +785,7 @@ describe("what is not there", () => {
   );
 });
 
-const PATHS = ["snapshot", "backends", "config"];
+const PATHS = ["snapshot", "backends", "config", "tenants"];
 const DEEDS = ["backends/a/drain", "backends/a/resume", "reload"];
 
 describe("who may, with admin.key", () => {

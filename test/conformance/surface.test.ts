@@ -77,7 +77,7 @@ describe("surface", () => {
     assert.equal(headers.get("x-tidegate-model"), "test-model");
     assert.equal(headers.get("x-tidegate-reason"), "only");
     assert.equal(headers.get("x-tidegate-attempts"), "1");
-    assert.equal(headers.get("x-tidegate-cache"), "bypass;reason=disabled");
+    assert.equal(headers.get("x-tidegate-cache"), "bypass;reason=temperature");
     const timing = headers.get("server-timing") ?? "";
     for (const phase of ["accept", "queue", "connect", "generate"]) {
       assert.match(timing, new RegExp(`(^|, ?)${phase};dur=\\d+(\\.\\d+)?`), timing);
@@ -122,7 +122,7 @@ describe("surface", () => {
       ["test-model", "test-model", "a", true, 200],
     );
     assert.deepEqual([record.ending, record.cause, record.attempts], ["completed", null, 1]);
-    assert.deepEqual([record.cache_hit, record.cache], [false, "bypass;reason=disabled"]);
+    assert.deepEqual([record.cache_hit, record.cache], [false, "bypass;reason=stream"]);
     // The engine's own count, asked for behind the client's back: five tokens, five words of prompt.
     assert.deepEqual(
       [record.tokens_generated, record.tokens_input, record.tokens_estimated],

@@ -7,11 +7,14 @@ import { after, afterEach, before, describe, it } from "node:test";
 import { configShape, type Shape } from "../../src/settings/shape.ts";
 import { backendKeys, laterKeys, modelKeys } from "./keys/backends.ts";
 import { breakerKeys } from "./keys/breaker.ts";
+import { cacheKeys, redisKeys } from "./keys/cache.ts";
 import { drainKeys } from "./keys/drain.ts";
 import { metricKeys, telemetryKeys } from "./keys/observe.ts";
 import { limitKeys, queueKeys, timeoutKeys } from "./keys/queue.ts";
 import { startRig, type KeyTests, type Rig } from "./keys/rig.ts";
 import { serverKeys } from "./keys/server.ts";
+import { capKeys, tenantKeys } from "./keys/tenants.ts";
+import { tokenKeys } from "./keys/tokens.ts";
 
 const TIMEOUT = { timeout: 20_000 };
 
@@ -19,6 +22,11 @@ const groups: Record<string, KeyTests> = {
   "server, auth and admin": serverKeys,
   backends: backendKeys,
   models: modelKeys,
+  "output caps": capKeys,
+  tenants: tenantKeys,
+  tokens: tokenKeys,
+  "the cache": cacheKeys,
+  redis: redisKeys,
   queue: queueKeys,
   timeouts: timeoutKeys,
   limits: limitKeys,

@@ -15,11 +15,20 @@ import {
   type Ticket,
 } from "../../src/core/scheduler.ts";
 
+/** One flow, one class: here only the age decides. `fairness.test.ts` has the others. */
+const ALIKE = {
+  flow: "default",
+  priority: "default",
+  weight: 1,
+  tokens: 10,
+  barred: new Set<string>(),
+} as const;
+
 let tickets = 0;
 
 function ticket(model = "m", arrivedAt = 0, deadlineAt = 1000): Ticket {
   tickets++;
-  return { id: `t${tickets}`, model, arrivedAt, deadlineAt, barred: new Set() };
+  return { ...ALIKE, id: `t${tickets}`, model, arrivedAt, deadlineAt };
 }
 
 interface Limits {
@@ -49,10 +58,10 @@ function scheduler(limits: Limits = {}): SchedulerState {
 const arrive = (state: SchedulerState, of: Ticket, now = 0) =>
   step(state, { type: "arrive", ticket: of }, now);
 const complete = (state: SchedulerState, of: Ticket, serviceMs: number | null = 100, now = 0) =>
-  step(state, { type: "complete", ticket: of, serviceMs, heldUntil: null }, now);
+  step(state, { type: "complete", ticket: of, serviceMs, tokens: null, heldUntil: null }, now);
 /** Ends because the engine is too busy: nobody follows before `heldUntil`, unless somebody ends. */
 const sentBack = (state: SchedulerState, of: Ticket, heldUntil: number, now = 0) =>
-  step(state, { type: "complete", ticket: of, serviceMs: null, heldUntil }, now);
+  step(state, { type: "complete", ticket: of, serviceMs: null, tokens: 0, heldUntil }, now);
 
 /** The effects of one kind, by ticket. */
 function those(effects: readonly SchedulerEffect[], type: SchedulerEffect["type"]): Ticket[] {
@@ -746,9 +755,11 @@ class World {
       for (const model of MODELS) {
         const lane = state.lanes.get(model);
         const queue = this.waitingOf(site, model).map((each) => each.ticket);
-        assert.deepEqual(lane?.queue ?? [], queue, "the queue is in order of age");
+        assert.equal(lane?.line.waiting ?? 0, queue.length);
         assert.equal(lane?.slots.used ?? 0, this.runningOf(site, model));
-        for (const [at, each] of queue.entries()) assert.equal(positionOf(state, each), at);
+        for (const [at, each] of queue.entries()) {
+          assert.equal(positionOf(state, each), at, "the queue is in order of age");
+        }
         assert.equal(hasRoom(state, model), queue.length === 0 && this.couldStart(site, model));
         const stuck = queue.length > 0 && this.couldStart(site, model);
         assert(!stuck, `${model} waits though it could start`);
@@ -861,7 +872,9 @@ function happen(world: World, event: Happening): void {
       if (chosen === undefined) break;
       const { serviceMs, holdMs } = event;
       const heldUntil = holdMs === null ? null : world.now + holdMs;
-      world.send(chosen.site, { type: "complete", ticket: chosen.of, serviceMs, heldUntil });
+      const tokens = serviceMs;
+      const ticket = chosen.of;
+      world.send(chosen.site, { type: "complete", ticket, serviceMs, tokens, heldUntil });
       break;
     }
     case "cancel": {
@@ -964,7 +977,8 @@ describe("any order of events", () => {
           for (const { state } of world.sites) {
             assert.deepEqual([state.waiting, state.backend.used], [0, 0]);
             for (const lane of state.lanes.values()) {
-              assert.deepEqual([lane.slots.used, lane.queue], [0, []]);
+              const { running, waiting } = lane.line;
+              assert.deepEqual([lane.slots.used, running, waiting], [0, 0, 0]);
             }
           }
           assert.deepEqual(

@@ -2,7 +2,13 @@
 import assert from "node:assert/strict";
 import { describe, it } from "node:test";
 import fc from "fast-check";
-import { backendOf, resolve, type Model, type Snapshot } from "../../src/core/snapshot.ts";
+import {
+  backendOf,
+  resolve,
+  visibleTo,
+  type Model,
+  type Snapshot,
+} from "../../src/core/snapshot.ts";
 import { aBackend, aModel, aSnapshot, aTarget } from "../support/snapshot.ts";
 
 function model(name: string, aliases: string[] = []): Model {
@@ -115,5 +121,60 @@ describe("backendOf", () => {
     const here = snapshot();
     assert.equal(backendOf(here, "b"), here.backends[0]);
     assert.equal(backendOf(here, "c"), undefined);
+  });
+});
+
+describe("visibleTo", () => {
+  const here = {
+    ...snapshot(
+      model("llama3:8b", ["default"]),
+      model("llama3:70b", ["big"]),
+      model("mistral:7b"),
+      model("org/secret-project"),
+    ),
+    withheld: ["llama3:cloud", "secret:cloud"],
+    warnings: ["alias secret is taken"],
+  };
+  const names = (patterns: string[]) => visibleTo(here, patterns).models.map(({ name }) => name);
+
+  it("is the snapshot itself where everything is allowed", () => {
+    assert.equal(visibleTo(here, ["*"]), here);
+    assert.equal(visibleTo(here, ["a", "*"]), here);
+  });
+
+  it("has the models whose public name fits one of the patterns, and no others", () => {
+    assert.deepEqual(names(["llama3:*"]), ["llama3:8b", "llama3:70b"]);
+    assert.deepEqual(names(["*:7b", "llama3:8b"]), ["llama3:8b", "mistral:7b"]);
+    assert.deepEqual(names(["*/*"]), ["org/secret-project"]);
+    assert.deepEqual(names(["llama3", "LLAMA3:8b", "mistral.7b"]), [], "to the letter");
+    assert.deepEqual(names([]), []);
+  });
+
+  it("knows a visible model by its alias, and no alias of another", () => {
+    const view = visibleTo(here, ["llama3:8b"]);
+    assert.equal(found(view, "default"), "llama3:8b");
+    assert.equal(found(view, "llama3"), "llama3:8b", "the only tag there is, for this one");
+    assert.equal(found(view, "big"), "not found, null");
+    assert.equal(found(visibleTo(here, ["default"]), "default"), "not found, null");
+  });
+
+  it("tells of no other: not by a guess, not by what is withheld, not by a warning", () => {
+    const view = visibleTo(here, ["llama3:*"]);
+    for (const asked of ["org/secret-project", "org/secret-projec", "mistral", "mistral:8b"]) {
+      assert.equal(found(view, asked), "not found, null");
+    }
+    assert.deepEqual(view.withheld, ["llama3:cloud"]);
+    assert.doesNotMatch(JSON.stringify(view), /secret|mistral/);
+  });
+
+  it("is made once for a snapshot and a list, and anew for another of either", () => {
+    const patterns = ["mistral*"];
+    const view = visibleTo(here, patterns);
+    assert.equal(visibleTo(here, patterns), view);
+    const next = { ...here, version: 2, models: [...here.models, model("mistral:22b")] };
+    assert.equal(visibleTo(next, patterns).version, 2);
+    assert.equal(visibleTo(next, patterns).models.length, 2);
+    assert.equal(visibleTo(here, ["llama3:8b"]).models.length, 1);
+    assert.deepEqual([view.backends, view.version], [here.backends, here.version]);
   });
 });

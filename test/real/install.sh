@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds the real engines and the real Jaeger that test/real/ runs against, from package managers
-# alone, into a cache outside the tree. Run again at will: what is there is kept. About 15 CPU
-# minutes the first time (needs go >= 1.26, python3 with venv, a C++ compiler, cmake, unzip).
+# alone, into a cache outside the tree, and installs redis-server where there is none. Run again at
+# will: what is there is kept. About 15 CPU minutes the first time (needs go >= 1.26, python3 with
+# venv, a C++ compiler, cmake, unzip).
 # CI does not run it; where the cache is missing the tests say what they skipped.
 set -euo pipefail
 
@@ -10,6 +11,15 @@ mkdir -p "$CACHE/bin" "$CACHE/lib/ollama" "$CACHE/models"
 cd "$CACHE"
 
 say() { echo "install: $*" >&2; }
+
+# Debian's Redis. The one thing that is not in the cache: its libraries come with it.
+if ! command -v redis-server >/dev/null; then
+  say "redis-server"
+  as_root=()
+  [[ $(id -u) == 0 ]] || as_root=(sudo)
+  "${as_root[@]}" apt-get update -qq
+  "${as_root[@]}" apt-get install -y -qq --no-install-recommends redis-server
+fi
 
 # Jaeger 1.42 is the newest version that `go install` accepts.
 if [[ ! -x bin/all-in-one ]]; then

@@ -260,6 +260,60 @@ test("real llama-server with a key", { skip, timeout: 60_000 }, async () => {
   }
 });
 
+test("real llama-server with a cap on its answers", { skip, timeout: 120_000 }, async (suite) => {
+  const CAP = 12;
+  const engine = await startLlamaServer("smol-a");
+  const gateway = await startGateway({
+    config: {
+      backends: [{ id: "smol", kind: "llamacpp", url: engine.url }],
+      models: { "smol-a": { maxOutputTokens: CAP } },
+    },
+  });
+  // This makes the engine itself go on for ever.
+  const endless = { model: "smol-a", ignore_eos: true };
+  const bodies: Record<string, Fields> = {
+    "chat/completions": { ...endless, messages: STORY },
+    completions: { ...endless, prompt: "One, two, three," },
+    messages: { ...endless, messages: STORY },
+    responses: { ...endless, input: "Write a very long story about the sea." },
+  };
+  /** Tokens of the answer, as the engine itself counts them. */
+  const generated = async (path: string, more: Fields): Promise<number> => {
+    const answer = await send(`${gateway.url}/v1/${path}`, { ...bodies[path], ...more });
+    assert.equal(answer.status, 200, answer.text);
+    const record = await gateway.record(answer.headers.get("x-request-id") ?? "");
+    assert.deepEqual([record.ending, record.tokens_estimated], ["completed", false], answer.text);
+    return Number(record.tokens_generated);
+  };
+  try {
+    for (const path of Object.keys(bodies)) {
+      await suite.test(`${path} that would not end does, streaming or not`, async () => {
+        const ways: Fields[] = [{}, { n_predict: -1 }, { max_tokens: -1 }, { max_tokens: 0 }];
+        ways.push({ max_completion_tokens: 9000 }, { max_output_tokens: 9000, n_predict: 9000 });
+        for (const more of ways) {
+          for (const stream of [false, true]) {
+            const options = path.includes("completions") ? { include_usage: true } : undefined;
+            const tokens = await generated(path, { stream, stream_options: options, ...more });
+            assert.equal(tokens, CAP, JSON.stringify(more));
+          }
+        }
+      });
+    }
+
+    await suite.test("less is less, in whatever field", async () => {
+      assert.equal(await generated("chat/completions", { max_tokens: 5 }), 5);
+      assert.equal(await generated("chat/completions", { max_completion_tokens: 6 }), 6);
+      assert.equal(await generated("chat/completions", { n_predict: 7 }), 7);
+      assert.equal(await generated("completions", { n_predict: 8 }), 8);
+      assert.equal(await generated("responses", { max_output_tokens: 9 }), 9);
+      assert.equal(await generated("messages", { max_tokens: 10 }), 10);
+    });
+  } finally {
+    await gateway.stop();
+    await engine.stop();
+  }
+});
+
 test("real llama-server as a router", { skip, timeout: 120_000 }, async (suite) => {
   const HEALTH_MS = 100;
   const router = await startLlamaRouter();

@@ -278,6 +278,86 @@ test("real Ollama", { skip, timeout: 180_000 }, async (suite) => {
   });
 });
 
+test("real Ollama with a cap on its answers", { skip, timeout: 120_000 }, async (suite) => {
+  const CAP = 30;
+  const engine = await startOllama();
+  const capped = await startGateway({
+    config: {
+      backends: [
+        { id: "real", kind: "ollama", url: engine.url },
+        // Taken for an engine that obeys `max_completion_tokens`, which it does not.
+        {
+          id: "plain",
+          kind: "openai",
+          url: engine.url,
+          models: [{ name: "plain", upstream: "smol-a:latest" }],
+        },
+      ],
+      models: { "smol-a:latest": { maxOutputTokens: CAP }, plain: { maxOutputTokens: CAP } },
+    },
+  });
+  const bodies: Record<string, Record<string, unknown>> = {
+    "chat/completions": { messages: STORY },
+    completions: { prompt: "Write a very long story about the sea." },
+    messages: { messages: STORY },
+    responses: { input: "Write a very long story about the sea." },
+  };
+  // Cool enough to go on and on, and not so cold that answers are kept.
+  const ask = (path: string, more: object) =>
+    send(`${capped.url}/v1/${path}`, {
+      model: "smol-a",
+      temperature: 0.01,
+      ...bodies[path],
+      ...more,
+    });
+  try {
+    for (const path of Object.keys(bodies)) {
+      await suite.test(`${path} that would not end does, streaming or not`, async () => {
+        const ways = [{}, { max_tokens: -1 }, { max_tokens: 0 }, { max_completion_tokens: 9000 }];
+        for (const more of path === "responses" ? [{}, { max_output_tokens: 9000 }] : ways) {
+          for (const stream of [false, true]) {
+            const answer = await ask(path, { stream, ...more });
+            assert.equal(answer.status, 200, answer.text);
+            const record = await capped.record(answer.headers.get("x-request-id") ?? "");
+            assert.equal(record.ending, "completed", answer.text);
+            assert.equal(record.tokens_generated, CAP, JSON.stringify(more));
+          }
+        }
+      });
+    }
+
+    await suite.test(
+      "a stream that takes no notice of it is ended, and the engine free",
+      async () => {
+        const wanted = { model: "plain", max_completion_tokens: 10, stream: true };
+        const answer = await ask("chat/completions", wanted);
+        const { events } = parseSse(answer.text);
+        const error = JSON.parse(events.at(-1)?.data ?? "") as { error: { code: string } };
+        assert.equal(error.error.code, "output_limit_exceeded");
+        assert.doesNotMatch(answer.text, /\[DONE\]/);
+        const tokens = events.filter(({ data }) => /"content":"[^"]/.test(data ?? ""));
+        assert.equal(tokens.length, 33, "1.1 times the cap");
+        const start = performance.now();
+        await ask("chat/completions", { max_tokens: 1 });
+        const after = performance.now() - start;
+        assert.ok(after < 3000, `served after ${after} ms`);
+      },
+    );
+
+    await suite.test("a key in other letters is no way around it", async () => {
+      for (const more of [{ Max_Tokens: 200 }, { MAX_TOKENS: 200, max_tokens: 5 }]) {
+        const answer = await ask("chat/completions", more);
+        const tokens = (answer.json().usage as { completion_tokens: number } | undefined)
+          ?.completion_tokens;
+        assert.ok(answer.status === 400 || Number(tokens) <= CAP, answer.text);
+      }
+    });
+  } finally {
+    await capped.stop();
+    await engine.stop();
+  }
+});
+
 test("real Ollama, found without configuration", { skip, timeout: 60_000 }, async () => {
   if (!(await isFree(11434))) {
     console.log("skipped: discovery of Ollama: port 11434 is taken on this machine");

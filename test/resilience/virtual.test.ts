@@ -8,7 +8,6 @@ import assert from "node:assert/strict";
 import process from "node:process";
 import { afterEach, beforeEach, describe, it, mock } from "node:test";
 import { schema } from "../../src/config.ts";
-import { RetryBudget } from "../../src/core/retries.ts";
 import type { Health, Snapshot } from "../../src/core/snapshot.ts";
 import { prepareAccess } from "../../src/data/identify.ts";
 import { serve } from "../../src/data/pipeline.ts";
@@ -19,6 +18,7 @@ import { Log } from "../../src/telemetry/log.ts";
 import { untraced } from "../../src/telemetry/tracing.ts";
 import type { Random } from "../support/client.ts";
 import { seeded } from "../support/client.ts";
+import { emptyPlane } from "../support/plane.ts";
 import { aBackend, aModel, aSnapshot, aTarget } from "../support/snapshot.ts";
 
 const RUNS = Number(process.env.RUNS ?? 300);
@@ -204,6 +204,7 @@ describe("the data plane in virtual time", () => {
     fleet.apply(snapshot);
     const records: string[] = [];
     const plane: Plane = {
+      ...emptyPlane(config),
       config,
       access: prepareAccess(config, []),
       fleet,
@@ -215,12 +216,7 @@ describe("the data plane in virtual time", () => {
           if (line.includes('"msg":"request"')) records.push(line);
         },
       }),
-      metrics: null,
       tracing: untraced,
-      exchanges: new Set(),
-      retries: new RetryBudget(),
-      heldBytes: 0,
-      admitting: true,
       now,
       snapshot: () => snapshot,
       probe: () => Promise.resolve(random.next() < 0.5),

@@ -33,8 +33,12 @@ export interface Random {
 export function seeded(name: string): Random {
   const seed = Number(process.env.SEED ?? Math.floor(Math.random() * 2 ** 31));
   console.log(`${name}: SEED=${seed}`);
+  return randomOf(seed);
+}
+
+/** mulberry32: the same numbers for the same seed. */
+export function randomOf(seed: number): Random {
   let state = seed >>> 0;
-  // mulberry32
   const next = (): number => {
     state = (state + 0x6d2b79f5) >>> 0;
     let mixed = Math.imul(state ^ (state >>> 15), state | 1);

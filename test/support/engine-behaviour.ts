@@ -65,6 +65,8 @@ export interface Behaviour {
   promptTokens: number | null;
   cachedTokens: number | null;
 
+  /** It takes no notice of the limit that the request sets (wire §1.8: Ollama, of one of the fields). */
+  ignoresLimit: boolean;
   /** Before the response headers: engines hold them back until they have a token (real §5.1, §5.2). */
   headersDelayMs: number;
   /** After the headers, before the first token. */
@@ -105,6 +107,10 @@ export interface Behaviour {
   pings: "none" | "bare" | "comment" | "event";
   /** How a body is split over writes. */
   chunking: "event" | "once" | number;
+  /** Numbers in a vector, 4 at most; a request may ask for less. */
+  vectorLength: number;
+  /** How vectors are written: as was asked for, as far as this kind can, or always in one way. */
+  vectors: "asked" | "float" | "base64";
   /** A first chunk without content: not the first token (wire §1.8). Ollama sends none (real §6.6). */
   roleFirst: boolean;
   /** The reason on the last content chunk, no separate finish chunk (real §5.3, vLLM). */
@@ -134,6 +140,7 @@ export const calm: Behaviour = {
   finishReason: "stop",
   promptTokens: null,
   cachedTokens: null,
+  ignoresLimit: false,
   headersDelayMs: 0,
   firstTokenDelayMs: 0,
   tokenDelayMs: 0,
@@ -154,6 +161,8 @@ export const calm: Behaviour = {
   lineEnd: "\n",
   pings: "none",
   chunking: "event",
+  vectorLength: 4,
+  vectors: "asked",
   roleFirst: true,
   finishOnLastToken: false,
   timings: false,

@@ -125,9 +125,10 @@ function answerOf(call: Call, info: ModelInfo, dialect: Dialect): Answer {
         { length: behaviour.tokens },
         (_, index) => `${index === 0 ? "" : " "}word${index}`,
       );
-  const limit = Number(
-    dialect.limit(request.json, job.style.knowsCompletionLimit) ?? Number.POSITIVE_INFINITY,
-  );
+  // llama.cpp's own name goes before all others.
+  const own = call.host.profile.kind === "llamacpp" ? request.json.n_predict : null;
+  const asked = own ?? dialect.limit(request.json, job.style.knowsCompletionLimit);
+  const limit = Number((behaviour.ignoresLimit ? null : asked) ?? Number.POSITIVE_INFINITY);
   const spoken = words.slice(0, limit < 0 ? Number.POSITIVE_INFINITY : limit);
   const pieces: Piece[] = [
     ...behaviour.reasoning.map((reasoning) => ({ reasoning })),
@@ -159,7 +160,7 @@ export function embedAs(format?: (vectors: number[][], info: ModelInfo) => unkno
     if (info === null) return;
     const { request, reply, behaviour, host, keep } = call;
     const { style } = host.profile;
-    const { input, encoding_format: wanted } = request.json;
+    const { input, encoding_format: wanted, dimensions } = request.json;
     if (!isEmbedding(info) && (await refuse(call, "notEmbedding"))) return;
     if (input === undefined && (await refuse(call, "noInput"))) return;
     const inputs = Array.isArray(input) ? (input as unknown[]) : [input];
@@ -173,8 +174,12 @@ export function embedAs(format?: (vectors: number[][], info: ModelInfo) => unkno
     await host.hold(call, info, async () => {
       await pause(behaviour.headersDelayMs, reply.left);
       if (reply.left.aborted) return;
-      const vectors = items.filter((item) => format === undefined || item !== "").map(vectorOf);
-      const isBase64 = wanted === "base64" && style.knowsBase64;
+      const length = Math.min(behaviour.vectorLength, Number(dimensions ?? Infinity));
+      const vectors = items
+        .filter((item) => format === undefined || item !== "")
+        .map((item) => vectorOf(item).slice(0, length));
+      const written = behaviour.vectors === "asked" ? wanted : behaviour.vectors;
+      const isBase64 = written === "base64" && style.knowsBase64;
       const body =
         format?.(vectors, info) ??
         style.embeddings(

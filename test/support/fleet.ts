@@ -1,6 +1,7 @@
 /** Engines and a gateway in front of them, as most of the tests want them. */
 import assert from "node:assert/strict";
 import type { Answer } from "./client.ts";
+import { send } from "./client.ts";
 import type { EngineOptions, FakeEngine } from "./engine.ts";
 import { startEngine } from "./engine.ts";
 import type { Gateway, GatewayOptions } from "./gateway.ts";
@@ -17,6 +18,8 @@ export interface Fleet<Id extends string> {
   url: string;
   /** Every engine as at the start. */
   reset(): void;
+  /** Another configuration for the same engines, in effect when this resolves. */
+  reconfigure(config: Record<string, unknown>): Promise<void>;
   /** Stops all; a rejection that nobody handled is a failure of the test. */
   close(): Promise<void>;
 }
@@ -43,6 +46,11 @@ export async function startFleet<Id extends string>(
       url: gateway.url,
       reset: () => {
         for (const engine of all) engine.reset();
+      },
+      async reconfigure(next) {
+        await gateway.writeConfig({ ...next, backends });
+        const reloaded = await send(`${gateway.url}/admin/api/reload`, "");
+        assert.equal(reloaded.status, 200, reloaded.text);
       },
       async close() {
         await gateway.stop();

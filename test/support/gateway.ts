@@ -62,6 +62,8 @@ export interface Gateway {
   residentBytes(): Promise<number>;
   /** Puts another configuration in the place of its file, at once; it is for the test to have it read. */
   writeConfig(config: object): Promise<void>;
+  /** Leaves what the gateway writes unread from now on, as a pipe does whose reader has ended. */
+  closeOutput(): void;
   kill(signal: NodeJS.Signals): void;
   exited: Promise<number>;
   /** Resolves with the exit code; where that takes too long the process is killed and the code is -1. */
@@ -215,6 +217,10 @@ function faceOf(
       return Number(statm.split(" ")[1]) * PAGE_BYTES;
     },
     writeConfig: (config) => writeConfig(file, config),
+    closeOutput() {
+      child.stdout?.destroy();
+      child.stderr?.destroy();
+    },
     kill: (signal) => send(child, signal),
     exited,
     async stop(signal = "SIGTERM") {

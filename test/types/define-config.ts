@@ -82,6 +82,15 @@ defineConfig({ ...constant, models: { x: { backends: ["a"] } } });
 const defined = defineConfig({ backends: [{ id: "only", url }] });
 defined.backends?.[0].id satisfies "only" | undefined;
 
+defineConfig({
+  auth: {
+    keys: [{ key: "k" }, { hash: "sha256:…", tenant: "team" }],
+    jwt: [{ issuer: "i", audience: "a", jwksUrl: "https://id.example/keys", tenantClaim: "a.b" }],
+  },
+  tenants: { team: { weight: 2, models: ["llama*"], budgets: [{ tokens: 9, window: "day" }] } },
+  redis: { url: "redis://127.0.0.1" },
+});
+
 // What must not. (An unknown key of a backend compiles, for its type is inferred; the start refuses it.)
 
 defineConfig({
@@ -151,7 +160,13 @@ defineConfig({ metrics: { labels: ["user"] } });
 defineConfig({ auth: { keys: ["secret"] } });
 
 // @ts-expect-error -- a key of a later version
-defineConfig({ redis: { url: "redis://127.0.0.1" } });
+defineConfig({ queue: { turnMs: "auto" } });
+
+// @ts-expect-error -- no such priority
+defineConfig({ tenants: { team: { priority: "high" } } });
+
+// @ts-expect-error -- a secret that signs is none that only verifies
+defineConfig({ auth: { jwt: [{ issuer: "i", audience: "a", algorithms: ["HS256"] }] } });
 
 defineConfig({
   backends: [{ id: "a", url }],

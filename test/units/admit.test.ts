@@ -3,7 +3,6 @@ import assert from "node:assert/strict";
 import { afterEach, beforeEach, describe, it, mock } from "node:test";
 import { schema } from "../../src/config.ts";
 import { judge, SUCCESS } from "../../src/core/outcome.ts";
-import { RetryBudget } from "../../src/core/retries.ts";
 import type { Backend, Snapshot } from "../../src/core/snapshot.ts";
 import { admit, waitingOf, type AdmitOptions } from "../../src/data/admit.ts";
 import { Exchange } from "../../src/data/exchange.ts";
@@ -15,6 +14,7 @@ import { GatewayError } from "../../src/errors.ts";
 import { Fleet } from "../../src/fleet/fleet.ts";
 import { Log } from "../../src/telemetry/log.ts";
 import { untraced } from "../../src/telemetry/tracing.ts";
+import { emptyPlane } from "../support/plane.ts";
 import { aBackend, aModel, aSnapshot, aTarget } from "../support/snapshot.ts";
 
 const FAILURE = judge("unreachable");
@@ -63,16 +63,12 @@ class House {
     this.snapshot = snapshotOf(models, more);
     this.fleet.apply(this.snapshot);
     this.plane = {
+      ...emptyPlane(config),
       config,
       access: prepareAccess(config, []),
       fleet: this.fleet,
       log: new Log({ level: "error", json: true, colour: false, write: () => {} }),
-      metrics: null,
       tracing: untraced,
-      exchanges: new Set(),
-      retries: new RetryBudget(),
-      heldBytes: 0,
-      admitting: true,
       now,
       snapshot: () => {
         this.#looks++;

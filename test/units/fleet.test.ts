@@ -15,6 +15,15 @@ import { aBackend, aModel, aSnapshot, aTarget } from "../support/snapshot.ts";
 const FAILURE = judge("unreachable");
 const BREAKER: BreakerSettings = { failureThreshold: 3, resetTimeoutMs: 1000, halfOpenRequests: 1 };
 
+/** What is the same in all tickets: one tenant, and requests alike. */
+const TICKET = {
+  flow: "default",
+  priority: "default",
+  weight: 1,
+  tokens: 10,
+  barred: new Set<string>(),
+} as const;
+
 type BackendPlan = Partial<Omit<Backend, "id" | "kind">> & { kind?: Kind };
 /** Backends by id, and per model its slots by backend. */
 interface Plan {
@@ -65,17 +74,12 @@ class World {
     mock.timers.tick(by);
   }
 
-  ask(backend: string, model = "m", patience = 60_000): Asking {
+  ask(backend: string, model = "m", patience = 60_000, more: Partial<Ticket> = {}): Asking {
     this.#tickets++;
     const arrivedAt = this.now;
     const deadlineAt = this.now + patience;
-    const asking = new Asking(this, {
-      id: `t${this.#tickets}`,
-      model,
-      arrivedAt,
-      deadlineAt,
-      barred: new Set(),
-    });
+    const id = `t${this.#tickets}`;
+    const asking = new Asking(this, { ...TICKET, id, model, arrivedAt, deadlineAt, ...more });
     asking.enqueue(backend);
     return asking;
   }
@@ -250,6 +254,67 @@ describe("leaving", () => {
     assert.deepEqual(world.usage("b"), [1, 1]);
     asking.leave();
     assert.deepEqual(world.usage("b"), [1, 0], "nobody waits there any more");
+  });
+});
+
+describe("tenants", () => {
+  const by = (world: World, flow: string, more: Partial<Ticket> = {}) =>
+    world.ask("a", "m", 60_000, { flow, ...more });
+  const told = (tokens: number | null) => {
+    return { at: 1, ttftMs: null, tokensPerSecond: null, error: null, tokens };
+  };
+  /** Ends what runs, with what it is said to have been, and tells who has been granted by it. */
+  const next = (all: Asking[], ends: Asking, tokens: number | null = null): Asking | undefined => {
+    const before = all.filter(({ said }) => said.length > 0);
+    ends.permit.release(SUCCESS, told(tokens));
+    return all.find((each) => each.said.length > 0 && !before.includes(each));
+  };
+
+  it("take turns, by what their requests are expected to be and then have been", () => {
+    const world = new World(one, { maxLength: 50 });
+    const first = by(world, "x", { tokens: 1000 });
+    const xs = [1, 2, 3].map(() => by(world, "x", { tokens: 1000 }));
+    const ys = [1, 2, 3].map(() => by(world, "y", { tokens: 1000 }));
+    const all = [...xs, ...ys];
+    assert.equal(next(all, first), ys[0], "x has had 1000 already");
+    assert.equal(next(all, ys[0] as Asking, 1500), xs[0], "y has had 1500");
+    assert.equal(next(all, xs[0] as Asking, 100), xs[1], "x has had 1100");
+    assert.equal(next(all, xs[1] as Asking), ys[1], "x has had 2100");
+  });
+
+  it("pay nothing for a permit that is given back unused", () => {
+    const world = new World(one);
+    const first = by(world, "z");
+    const x = by(world, "x", { arrivedAt: 1 });
+    const again = by(world, "x", { arrivedAt: 2 });
+    const y = by(world, "y", { arrivedAt: 3 });
+    first.permit.release(SUCCESS);
+    assert.deepEqual([x.said, again.said, y.said], [["granted"], [], []]);
+    x.leave();
+    assert.deepEqual([again.said, y.said], [["granted"], []], "the older, as if nothing had been");
+  });
+
+  it("of a better class go first, and take over the place of another in a full queue", () => {
+    const world = new World(one, { maxLength: 2 });
+    const first = by(world, "x");
+    const waiting = [1, 2].map(() => by(world, "x", { priority: "batch" }));
+    const sooner = by(world, "y", { priority: "interactive" });
+    assert.deepEqual(
+      waiting.map(({ said }) => said),
+      [[], ["refused"]],
+    );
+    assert.deepEqual([sooner.position, waiting[0]?.position], [0, 1]);
+    first.permit.release(SUCCESS);
+    assert.deepEqual([sooner.said, waiting[0]?.said], [["granted"], []]);
+  });
+
+  it("who would be next is the one who chooses again when there is room elsewhere", () => {
+    const world = new World(one);
+    by(world, "x");
+    const low = by(world, "x", { priority: "batch" });
+    const high = by(world, "y", { priority: "interactive" });
+    world.apply(two);
+    assert.deepEqual([low.said, high.said], [[], ["reselect"]]);
   });
 });
 
@@ -604,7 +669,7 @@ describe("usage", () => {
 
   it("has what the answers of each backend showed", () => {
     const world = new World(two);
-    const answered = { at: 5, ttftMs: 40, tokensPerSecond: 10, error: null };
+    const answered = { at: 5, ttftMs: 40, tokensPerSecond: 10, error: null, tokens: 9 };
     world.ask("a").permit.release(SUCCESS, answered);
     world.ask("a").permit.release(FAILURE, { ...answered, ttftMs: null, error: "upstream_error" });
     world.ask("a").permit.release(FAILURE);
@@ -633,7 +698,7 @@ describe("another configuration", () => {
     const permits: Permit[] = [];
     const ask = () =>
       fleet.enqueue(
-        { id: "t", model: "m", arrivedAt: 0, deadlineAt: 9, barred: new Set() },
+        { ...TICKET, id: "t", model: "m", arrivedAt: 0, deadlineAt: 9 },
         aTarget("a", "m"),
         (admission) => {
           if (admission.type === "granted") permits.push(admission.permit);
@@ -1263,6 +1328,10 @@ const anyPlan: fc.Arbitrary<Plan> = fc
   });
 
 const nat = fc.nat({ max: 50 });
+const anyClaim = fc.record({
+  flow: fc.constantFrom("x", "x", "y"),
+  priority: fc.constantFrom<Ticket["priority"]>("interactive", "default", "default", "batch"),
+});
 const anyStep = fc.oneof(
   {
     weight: 6,
@@ -1271,6 +1340,7 @@ const anyStep = fc.oneof(
       backend: fc.constantFrom(...BACKENDS),
       model: fc.constantFrom(...MODELS),
       patience: fc.nat({ max: 500 }),
+      claim: anyClaim,
     }),
   },
   { weight: 4, arbitrary: fc.record({ type: fc.constant("release" as const), pick: nat }) },
@@ -1319,7 +1389,9 @@ class Drive {
   take(step: Step): void {
     switch (step.type) {
       case "ask":
-        this.asking.push(this.world.ask(this.#backendFor(step), step.model, step.patience));
+        this.asking.push(
+          this.world.ask(this.#backendFor(step), step.model, step.patience, step.claim),
+        );
         break;
       case "release": {
         const each = this.running[step.pick % Math.max(1, this.running.length)];
@@ -1434,6 +1506,7 @@ const busySteps = fc.array(
         backend: fc.constant("a"),
         model: fc.constantFrom(...MODELS),
         patience: fc.constant(100_000),
+        claim: anyClaim,
       }),
     },
     { weight: 2, arbitrary: fc.record({ type: fc.constant("release" as const), pick: nat }) },
@@ -1528,6 +1601,7 @@ const guardedStep = fc.oneof(
       type: fc.constant("ask" as const),
       model: fc.constantFrom(...MODELS),
       patience: fc.nat({ max: 5000 }),
+      claim: anyClaim,
     }),
   },
   {
@@ -1581,7 +1655,9 @@ class Guarded {
     const { world } = this;
     switch (step.type) {
       case "ask":
-        this.#choose(step.model, (backend) => world.ask(backend, step.model, step.patience));
+        this.#choose(step.model, (backend) =>
+          world.ask(backend, step.model, step.patience, step.claim),
+        );
         break;
       case "release":
         for (let each = 0; each < step.times; each++) this.#release(step.pick, step.verdict);

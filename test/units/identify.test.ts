@@ -156,8 +156,11 @@ describe("identify", () => {
     { key: "of the environment", tenant: "default" },
     { key: "of a team", tenant: "team" },
   ]);
-  const tenant = (headers: Record<string, string>, to = guarded) =>
-    identify(new Headers(headers), to);
+  const tenant = (headers: Record<string, string>, to = guarded): string => {
+    const known = identify(new Headers(headers), to);
+    assert(typeof known === "string", "a key is no promise");
+    return known;
+  };
   const bearer = (key: string) => ({ authorization: `Bearer ${key}` });
 
   it("lets everybody in where there are no keys, whatever they send", () => {
@@ -171,6 +174,21 @@ describe("identify", () => {
     assert.equal(tenant(bearer("hashed")), "default");
     assert.equal(tenant(bearer("of the environment")), "default");
     assert.equal(tenant(bearer("of a team")), "team");
+  });
+
+  it("knows several keys of one tenant, and each key's tenant", () => {
+    const shared = access({
+      auth: {
+        keys: [
+          { key: "a1", tenant: "a" },
+          { key: "b1", tenant: "b" },
+          { hash, tenant: "a" },
+        ],
+      },
+      tenants: { a: {}, b: {} },
+    });
+    const tenants = ["a1", "b1", "hashed"].map((key) => tenant(bearer(key), shared));
+    assert.deepEqual(tenants, ["a", "b", "a"]);
   });
 
   it("takes them as Authorization or as x-api-key, in any case of the scheme", () => {

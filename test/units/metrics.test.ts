@@ -21,6 +21,8 @@ function metrics(gauges: Partial<Gauges> = {}, labels: readonly MetricLabel[] = 
     usage: () => [],
     running: () => [],
     heldBytes: () => 0,
+    cache: () => ({ entries: 0, bytes: 0 }),
+    budgets: () => Promise.resolve([]),
     breakers: () => [],
     reloaded: () => true,
   };
@@ -50,7 +52,7 @@ function record(more: Partial<RequestRecord> = {}): RequestRecord {
 }
 
 function extras(more: Partial<Extras> = {}): Extras {
-  return { cachedTokens: null, interTokenMs: null, dispatched: true, ...more };
+  return { interTokenMs: null, dispatched: true, ...more };
 }
 
 /** The samples of one metric: their labels in order of name, and the value. */
@@ -81,6 +83,8 @@ describe("what there is", () => {
     tidegate_aborts_total: "counter",
     tidegate_refusals_total: "counter",
     tidegate_tokens_total: "counter",
+    tidegate_tenant_tokens_total: "counter",
+    tidegate_cache_lookups_total: "counter",
     process_cpu_seconds_total: "counter",
     tidegate_ttft_seconds: "histogram",
     tidegate_inter_token_seconds: "histogram",
@@ -96,6 +100,9 @@ describe("what there is", () => {
     tidegate_config_reloads_total: "counter",
     tidegate_config_last_reload_success: "gauge",
     tidegate_held_body_bytes: "gauge",
+    tidegate_cache_entries: "gauge",
+    tidegate_cache_bytes: "gauge",
+    tidegate_budget_used_ratio: "gauge",
     tidegate_event_loop_delay_seconds: "gauge",
     tidegate_build_info: "gauge",
     process_resident_memory_bytes: "gauge",
@@ -185,17 +192,6 @@ describe("a request", () => {
     });
   });
 
-  it("adds its tokens by type, and nothing where nobody counted", async () => {
-    const made = metrics();
-    made.request(record({ tokens_input: 11, tokens_generated: 7 }), extras({ cachedTokens: 8 }));
-    made.request(record({ tokens_input: 1, tokens_generated: null }), extras({ cachedTokens: 0 }));
-    assert.deepEqual(await samples(made, "tidegate_tokens_total"), {
-      'backend_id="a",model="m",type="input"': 12,
-      'backend_id="a",model="m",type="output"': 7,
-      'backend_id="a",model="m",type="cached"': 8,
-    });
-  });
-
   it("is observed in seconds, where there is something to observe", async () => {
     const made = metrics();
     const where = 'backend_id="a",model="m"';
@@ -234,6 +230,48 @@ describe("a request", () => {
       .split("\n")
       .find((each) => each.startsWith("tidegate_requests_total{"));
     assert.equal(line, String.raw`tidegate_requests_total{model="a\"b\\c\nd"} 1`);
+  });
+});
+
+describe("tokens", () => {
+  it("are counted by type where they were made, and for the tenant they were made for", async () => {
+    const made = metrics();
+    made.tokens("team", record({ tokens_input: 11, tokens_generated: 7 }), 8);
+    made.tokens("team", record({ tokens_input: 1, tokens_generated: null }), 0);
+    made.tokens("other", record({ tokens_input: 100, tokens_generated: 50, model: "n" }), 0);
+    assert.deepEqual(await samples(made, "tidegate_tokens_total"), {
+      'backend_id="a",model="m",type="input"': 12,
+      'backend_id="a",model="m",type="output"': 7,
+      'backend_id="a",model="m",type="cached"': 8,
+      'backend_id="a",model="n",type="input"': 100,
+      'backend_id="a",model="n",type="output"': 50,
+    });
+    assert.deepEqual(await samples(made, "tidegate_tenant_tokens_total"), {
+      'tenant="team",type="input"': 12,
+      'tenant="team",type="output"': 7,
+      'tenant="other",type="input"': 100,
+      'tenant="other",type="output"': 50,
+    });
+  });
+
+  it("are no part of a request: several may have shared them", async () => {
+    const made = metrics();
+    made.request(record({ tokens_input: 11, tokens_generated: 7 }), extras());
+    assert.deepEqual(await samples(made, "tidegate_tokens_total"), {});
+    assert.deepEqual(await samples(made, "tidegate_tenant_tokens_total"), {});
+  });
+});
+
+describe("lookups in the cache", () => {
+  it("are counted by what came of them", async () => {
+    const made = metrics();
+    for (const result of ["hit", "miss", "hit", "joined", "bypass"]) made.lookup(result);
+    assert.deepEqual(await samples(made, "tidegate_cache_lookups_total"), {
+      'result="hit"': 2,
+      'result="miss"': 1,
+      'result="joined"': 1,
+      'result="bypass"': 1,
+    });
   });
 });
 
@@ -353,6 +391,28 @@ describe("gauges", () => {
       'backend_id="b",model="m",state="loading"',
     ]);
     assert(Object.values(seen).every((value) => value === 0 || value === 1));
+  });
+
+  it("show how full the cache is, and how much of every budget is used", async () => {
+    let entries = 3;
+    let ratio = 0.25;
+    const made = metrics({
+      cache: () => ({ entries, bytes: entries * 100 }),
+      budgets: () =>
+        Promise.resolve([
+          { tenant: "team", window: "1h", ratio },
+          { tenant: "team", window: "month", ratio: 1.5 },
+        ]),
+    });
+    await made.text();
+    entries = 2;
+    ratio = 0;
+    assert.deepEqual(await samples(made, "tidegate_cache_entries"), { "": 2 });
+    assert.deepEqual(await samples(made, "tidegate_cache_bytes"), { "": 200 });
+    assert.deepEqual(await samples(made, "tidegate_budget_used_ratio"), {
+      'tenant="team",window="1h"': 0,
+      'tenant="team",window="month"': 1.5,
+    });
   });
 
   it("show how the last reload went", async () => {

@@ -5,7 +5,7 @@ import fc from "fast-check";
 import { Observed, type Answered } from "../../src/fleet/observed.ts";
 
 function answered(more: Partial<Answered> = {}): Answered {
-  return { at: 1, ttftMs: null, tokensPerSecond: null, error: null, ...more };
+  return { at: 1, ttftMs: null, tokensPerSecond: null, error: null, tokens: null, ...more };
 }
 
 function afterTtfts(ttfts: readonly number[]): Observed {

@@ -128,11 +128,11 @@ describe("a reload", () => {
   it("says the notes of the new configuration again", async () => {
     await write({});
     const world = await started();
-    await write({ cache: {} });
+    await write({ models: { m: { fallback: "n" } } });
     await world.reloader.reload("api");
     assert.deepEqual(
       world.lines.filter(({ level }) => level === "warn").map(({ msg }) => msg),
-      ["cache: accepted, in effect from a later version"],
+      ["models.m.fallback: accepted, in effect from a later version"],
     );
   });
 
@@ -265,9 +265,12 @@ describe("the open socket", () => {
     });
     assert.deepEqual(world.swapped, []);
     assert.throws(() => world.reloader.compare({ server: { host: "127.0.0.1" } }), ConfigError);
-    await write({ server: { host: "127.0.0.1", insecure: true } });
-    await world.reloader.reload("api");
-    assert.equal(world.swapped.length, 1);
+    const issuer = { issuer: "i", audience: "a", jwksUrl: "http://127.0.0.1:1/keys" };
+    for (const guard of [{ server: { insecure: true } }, { auth: { jwt: [issuer] } }]) {
+      await write(guard);
+      await world.reloader.reload("api");
+    }
+    assert.equal(world.swapped.length, 2);
   });
 });
 

@@ -40,7 +40,7 @@ export interface Rig {
   tryChange(patch: Patch): Promise<Answer>;
   chat(body?: Record<string, unknown>, headers?: Record<string, string>): Promise<Answer>;
   /** A request that is on its way until the test is over. */
-  hold(body?: Record<string, unknown>): Promise<Response>;
+  hold(body?: Record<string, unknown>, headers?: Record<string, string>): Promise<Response>;
   /** Names of the models that are listed. */
   models(): Promise<string[]>;
   /** By id. */
@@ -106,9 +106,9 @@ export async function startRig(): Promise<Rig> {
       return answer.json() as unknown as Reloaded;
     },
     chat: (body = {}, headers = {}) => openaiChat(url, { model: "m", ...body }, { headers }),
-    hold(body = {}) {
+    hold(body = {}, headers = {}) {
       const controller = new AbortController();
-      const init = { signal: controller.signal };
+      const init = { headers, signal: controller.signal };
       const response = open(`${url}/v1/chat/completions`, chatBody({ model: "m", ...body }), init);
       // Whoever waits for it sees the rejection; for the others it is no failure.
       response.catch(() => {});

@@ -1,0 +1,80 @@
+import type { Permit } from "../fleet/fleet.ts";
+import { admit, deadlineOf } from "./admit.ts";
+import { AttemptFailed, UpstreamAttempt } from "./attempt.ts";
+import type { Exchange } from "./exchange.ts";
+import { forward } from "./forward.ts";
+import type { Reply } from "./inspect.ts";
+import type { Plane } from "./plane.ts";
+import { reserve } from "./reserve.ts";
+
+/** Attempts per request: the first, and one more elsewhere. */
+const MOST_ATTEMPTS = 2;
+
+/** Everything between the cache and the relay: reserve, admit, forward. */
+export async function obtain(exchange: Exchange, plane: Plane): Promise<Reply> {
+  await reserve(exchange, plane);
+  return attempts(exchange, plane);
+}
+
+/** Admits and forwards, and once more elsewhere where the first attempt allows it. */
+export async function attempts(exchange: Exchange, plane: Plane): Promise<Reply> {
+  const tried = new Set<string>();
+  const busy = new Set<string>();
+  let failed: AttemptFailed | null = null;
+  let last = "";
+  for (;;) {
+    const permit = await admit(exchange, plane, {
+      tried,
+      busy,
+      // An engine that was busy is waited for as any other; a failure's second attempt not always.
+      mayWait: () =>
+        plane.now() < deadlineOf(exchange) && (tried.size === 0 || plane.retries.take(plane.now())),
+    }).catch((error: unknown) => {
+      // Nowhere else to go: the client learns what the engine said.
+      throw failed !== null && !exchange.ended ? failed.error : error;
+    });
+    if (failed !== null) countRetry(exchange, plane, last, failed.error.cause);
+    const attempt = begin(exchange, plane, permit);
+    try {
+      const reply = await forward(exchange, attempt, plane);
+      permit.proved();
+      return reply;
+    } catch (error) {
+      if (!(error instanceof AttemptFailed)) throw error;
+      failed = error;
+      attempt.end(failed.verdict, failed.error.cause);
+      last = permit.target.backend;
+      (failed.fault === "busy" ? busy : tried).add(last);
+      if (failed.verdict.retry === "no" || tried.size >= MOST_ATTEMPTS) throw failed.error;
+      exchange.phase = "retrying";
+      exchange.timing.retry = (exchange.timing.retry ?? 0) + plane.now() - attempt.sentAt;
+    }
+  }
+}
+
+/** @param backend the one that failed. */
+function countRetry(exchange: Exchange, plane: Plane, backend: string, cause: string) {
+  exchange.trace.event("retry", { backend_id: backend, cause });
+  plane.metrics?.retry(backend, cause);
+}
+
+function begin(exchange: Exchange, plane: Plane, permit: Permit): UpstreamAttempt {
+  const { record, view, endpoint } = exchange;
+  record.attempts++;
+  const trace = exchange.trace.attempt({
+    number: record.attempts,
+    operation: endpoint.operation,
+    model: record.model ?? "",
+    upstreamModel: permit.target.model,
+    kind: permit.engine.kind,
+    backend: permit.target.backend,
+    url: permit.connection.url,
+    stream: record.stream,
+    sampling: view?.sampling ?? {},
+    retryCount: exchange.headers.get("x-stainless-retry-count"),
+  });
+  const attempt = new UpstreamAttempt(plane, permit, trace);
+  exchange.attempt = attempt;
+  exchange.phase = "connecting";
+  return attempt;
+}
