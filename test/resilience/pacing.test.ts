@@ -1,7 +1,7 @@
 /** Large bodies do not make the streams of others stutter: the loop is never held for long. */
 import assert from "node:assert/strict";
-import net from "node:net";
 import { after, before, describe, it } from "node:test";
+import process from "node:process";
 import { chatBody, connect, postBytes, sleep, until } from "../support/client.ts";
 import type { EngineProcess } from "../support/engine-process.ts";
 import { startEngineProcess } from "../support/engine-process.ts";
@@ -9,8 +9,8 @@ import type { FakeEngine } from "../support/engine.ts";
 import { startEngine } from "../support/engine.ts";
 import type { Gateway } from "../support/gateway.ts";
 import { startGateway } from "../support/gateway.ts";
+import { postLargeBodies } from "./large-bodies.ts";
 
-const MIB = 1024 * 1024;
 const STREAMS = 64;
 const TOKEN_MS = 50;
 const MEASURED_MS = 5000;
@@ -19,16 +19,11 @@ const BODIES_PER_SECOND = 5;
 const WANTED_MS = 50;
 const MOST_MS = 250;
 
-/** A prompt as long ones are: many messages, escapes and letters of more than one byte in them. */
-function largeBody(): Buffer {
-  const content = 'He said: "\u00e9t\u00e9"\nand more, and more of it still. '.repeat(200);
-  const message = { role: "user", content };
-  const count = Math.ceil((5 * MIB) / JSON.stringify(message).length);
-  const messages = Array.from({ length: count }, () => message);
-  return Buffer.from(postBytes("/v1/chat/completions", chatBody({ model: "large", messages })));
-}
+/** Beside other tests it would measure those. */
+const ALONE = process.env.TIDEGATE_ALONE === "1";
+if (!ALONE) console.log("skipped: pacing: it needs the machine to itself: TIDEGATE_ALONE=1");
 
-describe("pacing", () => {
+void (ALONE ? describe : describe.skip)("pacing", () => {
   let gateway: Gateway;
   let paced: FakeEngine;
   let other: EngineProcess;
@@ -79,22 +74,19 @@ describe("pacing", () => {
         await sleep(MEASURED_MS);
         const calm = summaryOf(gaps);
 
-        const body = largeBody();
-        gaps = [];
-        const answers: Promise<number>[] = [];
-        const endsAt = performance.now() + MEASURED_MS;
-        while (performance.now() < endsAt) {
-          answers.push(post(gateway.port, body));
-          await sleep(1000 / BODIES_PER_SECOND);
-        }
+        const { statuses, mib } = await postLargeBodies(
+          gateway.port,
+          BODIES_PER_SECOND,
+          MEASURED_MS,
+          () => (gaps = []),
+        );
         const loaded = summaryOf(gaps);
-        const statuses = await Promise.all(answers);
         const delay = await gateway.metric("tidegate_event_loop_delay_seconds");
         const more = loaded.p99 - calm.p99;
         const verdict = more <= WANTED_MS ? "within" : "BEYOND";
         console.log(
           `pacing: gaps without bodies ${calm.text}; with ${statuses.length} bodies of ` +
-            `${(body.length / MIB).toFixed(1)} MiB ${loaded.text}; p99 ${more >= 0 ? "+" : ""}${more.toFixed(1)} ms: ` +
+            `${mib.toFixed(1)} MiB ${loaded.text}; p99 ${more >= 0 ? "+" : ""}${more.toFixed(1)} ms: ` +
             `${verdict} +${WANTED_MS} ms; worst event loop delay ${(delay * 1000).toFixed(1)} ms`,
         );
         assert.deepEqual([...new Set(statuses)], [200]);
@@ -117,17 +109,4 @@ function summaryOf(gaps: number[]) {
   const [p50, p99, most] = [at(0.5), at(0.99), at(1)];
   const text = `p50 ${p50.toFixed(1)}, p99 ${p99.toFixed(1)}, max ${most.toFixed(1)} ms`;
   return { count: gaps.length, p99, text };
-}
-
-/** Bytes that are ready: to put them together in time would hold up our own clock. */
-function post(port: number, bytes: Buffer): Promise<number> {
-  return new Promise((resolve) => {
-    const socket = net.connect(port, "127.0.0.1");
-    socket.once("data", (data: Buffer) => {
-      resolve(Number(data.toString("latin1").split(" ")[1]));
-      socket.destroy();
-    });
-    socket.once("error", () => resolve(0));
-    socket.write(bytes);
-  });
 }
