@@ -55,7 +55,8 @@ export function createLine<T>(): Line<T> {
   return { classes, waiting: 0, running: 0 };
 }
 
-function rankOf({ priority }: Claim): number {
+/** Its class, 0 is served first. */
+export function rankOf({ priority }: Claim): number {
   return CLASSES.indexOf(priority);
 }
 
@@ -155,6 +156,14 @@ function turnsIn<T extends Claim>(line: Line<T>): Turn<T>[] {
 function goesBefore<T extends Claim>(one: Turn<T>, other: Turn<T>): boolean {
   if (one.rank !== other.rank) return one.rank < other.rank;
   return one.claim.arrivedAt < other.claim.arrivedAt;
+}
+
+/** The best class of which anybody waits or runs; one below the lowest where nobody does. */
+export function bestRankIn<T>({ classes }: Line<T>): number {
+  const best = classes.findIndex(({ flows }) => {
+    return [...flows.values()].some(({ waiting, running }) => waiting.length + running > 0);
+  });
+  return best === -1 ? classes.length : best;
 }
 
 /** Who is the next in a line by class and counter. */

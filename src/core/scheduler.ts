@@ -12,6 +12,22 @@ import {
   type Claim,
   type Line,
 } from "./fairness.ts";
+import {
+  beginChange,
+  createStay,
+  createTurns,
+  expectedLoadMs,
+  failChange,
+  finishChange,
+  isCooling,
+  isDrained,
+  narrowGate,
+  planTurn,
+  refresh,
+  reportResidency,
+  type Stay,
+  type Turns,
+} from "./turns.ts";
 
 /** Something of which only so much may be in use: slots, a backend's sum, places in a queue. */
 export interface Cap {
@@ -39,6 +55,8 @@ interface Lane {
   line: Line<Ticket>;
   /** Moving average of how long a request holds its slot, null until one has ended. */
   serviceMs: number | null;
+  /** Whether its model is loaded, and how long it stays. */
+  stay: Stay;
 }
 
 /** Everything the scheduler of one backend knows. Changed in place by `step`, by nothing else. */
@@ -52,6 +70,8 @@ export interface SchedulerState {
   passed: number;
   /** The engine said that it is busy: nobody starts until then, or until somebody ends. */
   heldUntil: number | null;
+  /** Which models are served, where not all of them fit. */
+  turns: Turns;
 }
 
 export interface LanePlan {
@@ -59,6 +79,8 @@ export interface LanePlan {
   slots: number;
   shared: readonly Cap[];
   places: Cap;
+  /** Whether a model that comes new is in memory; absent: it is. */
+  loaded?: boolean;
 }
 
 export type SchedulerEvent =
@@ -77,7 +99,26 @@ export type SchedulerEvent =
       tokens: number | null;
       heldUntil: number | null;
     }
-  | { type: "configure"; available: boolean; concurrency: number; lanes: readonly LanePlan[] }
+  | {
+      type: "configure";
+      available: boolean;
+      concurrency: number;
+      lanes: readonly LanePlan[];
+      /** `queue.turnMs`; absent: as it was. */
+      turnMs?: number | "auto";
+    }
+  /** What the engine has in memory. Without such an event everything counts as loaded. */
+  | { type: "residency"; loaded: ReadonlySet<string> }
+  /**
+   * The change that a `load` effect began is done. `loaded` is what is in memory since, null where
+   * nobody could look; `loadMs` is null where it tells nothing of how long a load takes.
+   */
+  | { type: "loaded"; loadMs: number | null; loaded: ReadonlySet<string> | null }
+  | { type: "loadFailed"; loaded: ReadonlySet<string> | null }
+  /** Somebody wants a model in memory without a request; others leave for it only if they may. */
+  | { type: "warm"; model: string; mayEvict: boolean }
+  /** Somebody wants a model out of memory, as soon as nothing runs there. */
+  | { type: "unload"; model: string }
   /** A shared cap has room again. */
   | { type: "room" }
   /** Another backend could start a request of this model at once. */
@@ -88,12 +129,17 @@ export type SchedulerEvent =
 
 export type SchedulerEffect =
   | { type: "grant"; ticket: Ticket }
-  /** The queue is full. */
-  | { type: "refuse"; ticket: Ticket; retryAfterMs: number }
+  /** The queue is full, or the model could not be loaded and is left alone for so long. */
+  | { type: "refuse"; ticket: Ticket; cause: "full" | "load_failed"; retryAfterMs: number }
   /** Waited as long as it may. */
   | { type: "expire"; ticket: Ticket; retryAfterMs: number }
   /** Choose again: it cannot or need not be served here. */
   | { type: "reselect"; ticket: Ticket }
+  /**
+   * Put these models out of memory, then load that one (null: none), with nothing else under way,
+   * whoever comes or leaves meanwhile; then send `loaded` or `loadFailed`.
+   */
+  | { type: "load"; model: string | null; unload: readonly string[] }
   /** Send a `timer` event then. Replaces an earlier one. */
   | { type: "timer"; at: number };
 
@@ -102,14 +148,21 @@ const UNMEASURED_SERVICE_MS = 10_000;
 const SERVICE_WEIGHT = 0.2;
 
 export function createScheduler(): SchedulerState {
-  const backend = { limit: Infinity, used: 0 };
-  return { available: true, backend, lanes: new Map(), waiting: 0, passed: 0, heldUntil: null };
+  return {
+    available: true,
+    backend: { limit: Infinity, used: 0 },
+    lanes: new Map(),
+    waiting: 0,
+    passed: 0,
+    heldUntil: null,
+    turns: createTurns(),
+  };
 }
 
 /**
  * Decides what one event means for the requests of one backend: a bounded queue per model, in fair
- * order (see `choose`), in front of slots per model and per backend. No slot stays free that somebody
- * who waits could use.
+ * order (see `choose`), in front of slots per model and per backend. No slot of a loaded model stays
+ * free that somebody who waits could use, except where its turn has ended (see `planTurn`).
  *
  * Deterministic: `now` is an argument, and `state` is changed in place and read by nobody in between.
  */
@@ -120,22 +173,40 @@ export function step(state: SchedulerState, event: SchedulerEvent, now: number):
       arrive(state, event.ticket, now, effects);
       break;
     case "cancel":
-      take(state, event.ticket);
+      // The gate may have waited for this one, and nothing else but the next model for the gate.
+      if (take(state, event.ticket) && state.turns.active) serve(state, now, effects);
       break;
     case "complete":
       complete(state, event);
       state.heldUntil = event.heldUntil;
       if (event.heldUntil !== null) arm(state, effects);
-      dispatch(state, now, effects);
+      serve(state, now, effects);
       break;
     case "configure":
       configure(state, event, effects);
       // A backend that was taken out and comes back has lost its timer.
       if (state.heldUntil !== null) arm(state, effects);
-      dispatch(state, now, effects);
+      serve(state, now, effects);
       break;
     case "room":
-      dispatch(state, now, effects);
+      serve(state, now, effects);
+      break;
+    case "residency":
+      reportResidency(state.turns, state.lanes, event.loaded, now);
+      serve(state, now, effects);
+      break;
+    case "loaded":
+      finishChange(state.turns, state.lanes, event.loadMs, event.loaded, now);
+      serve(state, now, effects);
+      break;
+    case "loadFailed":
+      loadFailed(state, event.loaded, now, effects);
+      serve(state, now, effects);
+      break;
+    case "warm":
+    case "unload":
+      wish(state, event, now);
+      serve(state, now, effects);
       break;
     case "elsewhere": {
       const head = nextOf(state, event.model);
@@ -150,7 +221,7 @@ export function step(state: SchedulerState, event: SchedulerEvent, now: number):
     case "timer":
       if (state.heldUntil !== null && state.heldUntil <= now) state.heldUntil = null;
       expire(state, now, effects);
-      dispatch(state, now, effects);
+      serve(state, now, effects);
       break;
   }
   return effects;
@@ -162,6 +233,12 @@ export function hasRoom(state: SchedulerState, model: string): boolean {
   return lane !== undefined && lane.line.waiting === 0 && mayStart(state, lane);
 }
 
+/** Would it, once its model is loaded? */
+export function isVacant(state: SchedulerState, model: string): boolean {
+  const lane = state.lanes.get(model);
+  return lane !== undefined && lane.line.waiting === 0 && hasSlot(state, lane);
+}
+
 /** Requests of this model that start here before the ticket; -1 when it does not wait here. */
 export function positionOf(state: SchedulerState, ticket: Ticket): number {
   const lane = state.lanes.get(ticket.model);
@@ -171,7 +248,7 @@ export function positionOf(state: SchedulerState, ticket: Ticket): number {
 /** How long a request of this model that came now would wait here, milliseconds, from what was measured. */
 export function waitFor(state: SchedulerState, model: string): number {
   const lane = state.lanes.get(model);
-  return lane === undefined ? 1 : waitOf(lane);
+  return lane === undefined ? 1 : waitOf(state, lane);
 }
 
 /** Of those who wait for this model here, the next. */
@@ -181,6 +258,11 @@ export function nextOf(state: SchedulerState, model: string): Ticket | undefined
 }
 
 function mayStart(state: SchedulerState, lane: Lane): boolean {
+  const { residency, closing } = lane.stay;
+  return residency === "loaded" && !closing && hasSlot(state, lane);
+}
+
+function hasSlot(state: SchedulerState, lane: Lane): boolean {
   return (
     state.available &&
     state.heldUntil === null &&
@@ -194,6 +276,7 @@ function grant(state: SchedulerState, lane: Lane, ticket: Ticket, effects: Sched
   lane.slots.used++;
   state.backend.used++;
   for (const cap of lane.shared) cap.used++;
+  if (lane.stay.gate > 0) lane.stay.gate--;
   start(lane.line, ticket);
   effects.push({ type: "grant", ticket });
 }
@@ -205,15 +288,20 @@ function arrive(state: SchedulerState, ticket: Ticket, now: number, effects: Sch
     effects.push({ type: "reselect", ticket });
   } else if (lane.line.waiting === 0 && mayStart(state, lane)) {
     grant(state, lane, ticket, effects);
+  } else if (isCooling(lane, now)) {
+    const retryAfterMs = lane.stay.retryAt - now;
+    effects.push({ type: "refuse", ticket, cause: "load_failed", retryAfterMs });
   } else if (ticket.deadlineAt <= now) {
-    effects.push({ type: "expire", ticket, retryAfterMs: waitOf(lane) });
+    effects.push({ type: "expire", ticket, retryAfterMs: waitOf(state, lane) });
   } else if (lane.places.used < lane.places.limit || makeRoom(state, lane, ticket, effects)) {
     join(lane.line, ticket);
     lane.places.used++;
     state.waiting++;
     arm(state, effects);
+    if (state.turns.active) serve(state, now, effects);
   } else {
-    effects.push({ type: "refuse", ticket, retryAfterMs: waitOf(lane) });
+    const retryAfterMs = waitOf(state, lane);
+    effects.push({ type: "refuse", ticket, cause: "full", retryAfterMs });
   }
 }
 
@@ -226,7 +314,7 @@ function makeRoom(
 ): boolean {
   const ticket = loserTo(lane.line, newcomer);
   if (ticket === null || !take(state, ticket)) return false;
-  effects.push({ type: "refuse", ticket, retryAfterMs: waitOf(lane) });
+  effects.push({ type: "refuse", ticket, cause: "full", retryAfterMs: waitOf(state, lane) });
   return true;
 }
 
@@ -236,6 +324,7 @@ function take(state: SchedulerState, ticket: Ticket): boolean {
   if (lane === undefined || !leave(lane.line, ticket)) return false;
   lane.places.used--;
   state.waiting--;
+  narrowGate(lane);
   return true;
 }
 
@@ -244,8 +333,11 @@ function reselect(state: SchedulerState, ticket: Ticket, effects: SchedulerEffec
 }
 
 function recall(state: SchedulerState, lane: Lane, effects: SchedulerEffect[]) {
-  const oldestFirst = [...claimsIn(lane.line)].toSorted((a, b) => a.arrivedAt - b.arrivedAt);
-  for (const ticket of oldestFirst) reselect(state, ticket, effects);
+  for (const ticket of oldestFirst(lane)) reselect(state, ticket, effects);
+}
+
+function oldestFirst(lane: Lane): Ticket[] {
+  return [...claimsIn(lane.line)].toSorted((a, b) => a.arrivedAt - b.arrivedAt);
 }
 
 function complete(
@@ -263,6 +355,57 @@ function complete(
     lane.serviceMs === null
       ? serviceMs
       : lane.serviceMs + SERVICE_WEIGHT * (serviceMs - lane.serviceMs);
+}
+
+/** Ends turns that are over, grants to whoever is next, and begins the load that is due. */
+function serve(state: SchedulerState, now: number, effects: SchedulerEffect[]) {
+  const { turns, lanes } = state;
+  const wokeAt = turns.wakeAt;
+  turns.wakeAt = Infinity;
+  if (!turns.active || !state.available) return dispatch(state, now, effects);
+  let due;
+  let waited;
+  do {
+    waited = state.waiting;
+    due = planTurn(turns, lanes, now);
+    if (due !== null && isDrained(due, lanes)) {
+      beginChange(turns, lanes, due);
+      effects.push({ type: "load", model: due.model, unload: due.unload });
+      planTurn(turns, lanes, now);
+    }
+    dispatch(state, now, effects);
+    // Whoever has started may have been the last of a gate.
+  } while (state.waiting < waited);
+  if (turns.wakeAt !== wokeAt) arm(state, effects);
+}
+
+/** A load has failed: that concerns those who wait for this model, and nobody else. */
+function loadFailed(
+  state: SchedulerState,
+  loaded: ReadonlySet<string> | null,
+  now: number,
+  effects: SchedulerEffect[],
+) {
+  const model = state.turns.change?.model ?? null;
+  const retryAfterMs = failChange(state.turns, state.lanes, loaded, now);
+  const lane = model === null ? undefined : state.lanes.get(model);
+  if (lane === undefined) return;
+  for (const ticket of oldestFirst(lane)) {
+    take(state, ticket);
+    effects.push({ type: "refuse", ticket, cause: "load_failed", retryAfterMs });
+  }
+}
+
+function wish(
+  state: SchedulerState,
+  event: Extract<SchedulerEvent, { type: "warm" | "unload" }>,
+  now: number,
+) {
+  const stay = state.lanes.get(event.model)?.stay;
+  if (stay === undefined) return;
+  if (event.type === "unload") stay.unwanted = stay.residency === "loaded";
+  else if (stay.residency !== "loaded") stay.asked = { at: now, mayEvict: event.mayEvict };
+  refresh(state.turns, state.lanes);
 }
 
 /** Grants to whoever is next, until nobody can start. */
@@ -286,14 +429,16 @@ function configure(
 ) {
   state.available = plan.available;
   state.backend.limit = plan.concurrency;
+  state.turns.turnMs = plan.turnMs ?? state.turns.turnMs;
   const planned = new Set<string>();
-  for (const { model, slots, shared, places } of plan.lanes) {
+  for (const { model, slots, shared, places, loaded = true } of plan.lanes) {
     planned.add(model);
     const lane = state.lanes.get(model);
     if (lane === undefined) {
       const fresh = { limit: slots, used: 0 };
       const line = createLine<Ticket>();
-      state.lanes.set(model, { slots: fresh, shared, places, line, serviceMs: null });
+      const stay = createStay(loaded);
+      state.lanes.set(model, { slots: fresh, shared, places, line, serviceMs: null, stay });
     } else {
       lane.slots.limit = slots;
     }
@@ -305,20 +450,21 @@ function configure(
     // A lane with running requests stays, or their completion would find no counters to lower.
     if (gone && lane.slots.used === 0) state.lanes.delete(model);
   }
+  refresh(state.turns, state.lanes);
 }
 
 function expire(state: SchedulerState, now: number, effects: SchedulerEffect[]) {
   for (const lane of state.lanes.values()) {
     for (const ticket of [...claimsIn(lane.line)].filter((each) => each.deadlineAt <= now)) {
       take(state, ticket);
-      effects.push({ type: "expire", ticket, retryAfterMs: waitOf(lane) });
+      effects.push({ type: "expire", ticket, retryAfterMs: waitOf(state, lane) });
     }
   }
   arm(state, effects);
 }
 
 function arm(state: SchedulerState, effects: SchedulerEffect[]) {
-  let at = state.heldUntil ?? Infinity;
+  let at = Math.min(state.heldUntil ?? Infinity, state.turns.wakeAt);
   for (const lane of state.lanes.values()) {
     for (const { deadlineAt } of claimsIn(lane.line)) at = Math.min(at, deadlineAt);
   }
@@ -326,7 +472,8 @@ function arm(state: SchedulerState, effects: SchedulerEffect[]) {
 }
 
 /** How long a request that came now would wait, from what was measured. */
-function waitOf(lane: Lane): number {
+function waitOf(state: SchedulerState, lane: Lane): number {
   const perSlot = (lane.line.waiting + 1) / Math.max(1, lane.slots.limit);
-  return Math.max(1, Math.ceil(perSlot * (lane.serviceMs ?? UNMEASURED_SERVICE_MS)));
+  const loadMs = lane.stay.residency === "loaded" ? 0 : expectedLoadMs(lane, state.lanes.values());
+  return Math.max(1, Math.ceil(loadMs + perSlot * (lane.serviceMs ?? UNMEASURED_SERVICE_MS)));
 }

@@ -311,6 +311,8 @@ export class Fleet {
         this.#arm(live, effect.at);
         continue;
       }
+      // Nothing reports residency yet, so everything counts as loaded.
+      if (effect.type === "load") continue;
       const asking = this.#asking.get(effect.ticket);
       this.#asking.delete(effect.ticket);
       switch (effect.type) {

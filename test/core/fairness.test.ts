@@ -443,6 +443,7 @@ class Books {
 
   #book(effect: SchedulerEffect): void {
     if (effect.type === "timer") return;
+    assert(effect.type !== "load", "loads nothing where everything counts as loaded");
     const { ticket: each } = effect;
     assert(this.waiting.includes(each), "decides only on who waits");
     assert(!this.decided.has(each), "and once");

@@ -66,13 +66,13 @@ const sentBack = (state: SchedulerState, of: Ticket, heldUntil: number, now = 0)
 /** The effects of one kind, by ticket. */
 function those(effects: readonly SchedulerEffect[], type: SchedulerEffect["type"]): Ticket[] {
   return effects.flatMap((effect) =>
-    effect.type === type && effect.type !== "timer" ? [effect.ticket] : [],
+    effect.type === type && "ticket" in effect ? [effect.ticket] : [],
   );
 }
 
 function decided(effects: readonly SchedulerEffect[]): [string, Ticket][] {
   return effects.flatMap((effect) =>
-    effect.type === "timer" ? [] : [[effect.type, effect.ticket] as [string, Ticket]],
+    "ticket" in effect ? [[effect.type, effect.ticket] as [string, Ticket]] : [],
   );
 }
 
@@ -686,6 +686,7 @@ class World {
       site.timerAt = effect.at;
       return;
     }
+    assert(effect.type !== "load", "loads nothing where everything counts as loaded");
     const { ticket: of } = effect;
     const isArrival = event.type === "arrive" && event.ticket === of;
     const entry = site.waiting.find((each) => each.ticket === of);

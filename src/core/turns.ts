@@ -1,0 +1,456 @@
+import { bestRankIn, claimsIn, headOf, rankOf, type Claim, type Line } from "./fairness.ts";
+import type { Residency } from "./snapshot.ts";
+
+/** Where one model of a backend is, and how its turn stands. Times are milliseconds. */
+export interface Stay {
+  /** As the engine reported it, or as our own load has left it since. */
+  residency: Residency;
+  /** When its turn began: since then it is known to be loaded. */
+  since: number;
+  /** Of those who waited when its load finished, so many are still to start: they do in this turn. */
+  gate: number;
+  /** Nobody starts there: another model is to have its memory. */
+  closing: boolean;
+  /** Moving average of what its loads took, the unloading of others included; null until one has. */
+  loadMs: number | null;
+  /** Loads that failed in a row, and until when none is tried again. */
+  failures: number;
+  retryAt: number;
+  /** Somebody wants it loaded without a request of their own. */
+  asked: { at: number; mayEvict: boolean } | null;
+  /** Somebody wants it out, once nothing runs there. */
+  unwanted: boolean;
+}
+
+/** What the turn queue looks at of the requests for one model. */
+export interface Contender {
+  readonly stay: Stay;
+  readonly line: Line<Claim>;
+  readonly slots: { readonly limit: number; readonly used: number };
+  readonly serviceMs: number | null;
+}
+
+/** The change of models under way. */
+export interface Change {
+  /** Null where one is only put out. */
+  model: string | null;
+  /** They get nothing before it is over. */
+  leaving: ReadonlySet<string>;
+  /** Of these those that are put out first, so that the engine need not choose. */
+  unload: readonly string[];
+  /** What was loaded when it began. */
+  resident: ReadonlySet<string>;
+  startedAt: number;
+}
+
+/** Whose turn it is in one backend, and what was learned of what fits there together. */
+export interface Turns {
+  turnMs: number | "auto";
+  /** Something is not loaded, or is to go: until then nothing here matters. */
+  active: boolean;
+  change: Change | null;
+  /** When the next turn can end, Infinity where only events can end one. */
+  wakeAt: number;
+  /** Models that have been seen loaded at once. */
+  together: ReadonlySet<string>[];
+  /** Models of which one had gone when the last of them was loaded, and when that was. */
+  apart: { models: ReadonlySet<string>; at: number }[];
+}
+
+/** Design §4: what a change of turn costs, and twelve times that to work in between. */
+const TURN_FACTOR = 12;
+const SHORTEST_TURN_MS = 2000;
+const LONGEST_TURN_MS = 60_000;
+/** Until a load has been measured. */
+const UNMEASURED_TURN_MS = 30_000;
+/** However short turns are to be: a shorter one would spend more than a fifth of the time loading. */
+const LEAST_LOADS = 4;
+const LOAD_WEIGHT = 0.3;
+/** A load nobody has measured yet. */
+const UNMEASURED_LOAD_MS = 10_000;
+const COOL_DOWN_MS = 10_000;
+const LONGEST_COOL_DOWN_MS = 80_000;
+/** A model may have gone for another reason (Ollama's keep_alive): then it is tried again. */
+const APART_MS = 3_600_000;
+const MOST_LEARNED = 32;
+
+export function createTurns(): Turns {
+  return {
+    turnMs: "auto",
+    active: false,
+    change: null,
+    wakeAt: Infinity,
+    together: [],
+    apart: [],
+  };
+}
+
+export function createStay(loaded: boolean): Stay {
+  return {
+    residency: loaded ? "loaded" : "cold",
+    since: -Infinity,
+    gate: 0,
+    closing: false,
+    loadMs: null,
+    failures: 0,
+    retryAt: -Infinity,
+    asked: null,
+    unwanted: false,
+  };
+}
+
+/**
+ * How long a turn lasts at least while somebody waits for another model, milliseconds.
+ *
+ * @param loadMs what loading the other takes; null: not measured.
+ * @param serviceMs mean service and slots of the model whose turn it is: draining it leaves slots idle.
+ */
+export function turnLength(
+  turnMs: number | "auto",
+  loadMs: number | null,
+  serviceMs: number | null,
+  slots: number,
+): number {
+  const least = LEAST_LOADS * (loadMs ?? 0);
+  if (turnMs !== "auto") return Math.max(turnMs, least);
+  const idle = slots > 1 ? 1 - 1 / slots : 0;
+  if (loadMs === null || (idle > 0 && serviceMs === null)) {
+    return Math.max(UNMEASURED_TURN_MS, least);
+  }
+  const derived = TURN_FACTOR * (loadMs + (serviceMs ?? 0) * idle);
+  return Math.max(Math.min(Math.max(derived, SHORTEST_TURN_MS), LONGEST_TURN_MS), least);
+}
+
+/** What a load of this model is expected to take; null before any was measured in this backend. */
+function loadOf({ stay }: Contender, lanes: Iterable<Contender>): number | null {
+  if (stay.loadMs !== null) return stay.loadMs;
+  const known = [...lanes].flatMap((lane) => lane.stay.loadMs ?? []);
+  return known.length === 0 ? null : known.reduce((sum, each) => sum + each, 0) / known.length;
+}
+
+/** The same for people and promises, who want a number. */
+export function expectedLoadMs(lane: Contender, lanes: Iterable<Contender>): number {
+  return loadOf(lane, lanes) ?? UNMEASURED_LOAD_MS;
+}
+
+/** Requests for it are refused until then. */
+export function isCooling({ stay }: Contender, now: number): boolean {
+  return stay.residency !== "loaded" && stay.retryAt > now;
+}
+
+function includes(all: ReadonlySet<string>, some: Iterable<string>): boolean {
+  for (const each of some) if (!all.has(each)) return false;
+  return true;
+}
+
+function residents(lanes: ReadonlyMap<string, Contender>): Set<string> {
+  const names = new Set<string>();
+  for (const [name, { stay }] of lanes) if (stay.residency === "loaded") names.add(name);
+  return names;
+}
+
+/** Who must leave for a model. */
+interface Placing {
+  leaving: string[];
+  /** False: these have never been tried together, and whoever is in memory may have to go. */
+  known: boolean;
+}
+
+/**
+ * Where these were seen together nobody leaves. Where they are known not to fit, those stay that were
+ * seen beside the new one and have the most to do.
+ */
+function placing(
+  turns: Turns,
+  lanes: ReadonlyMap<string, Contender>,
+  resident: ReadonlySet<string>,
+  model: string,
+): Placing {
+  const all = new Set([...resident, model]);
+  if (resident.size === 0 || turns.together.some((seen) => includes(seen, all))) {
+    return { leaving: [], known: true };
+  }
+  if (!turns.apart.some(({ models }) => includes(all, models))) {
+    return { leaving: [...resident], known: false };
+  }
+  let staying = new Set<string>();
+  let most = 0;
+  for (const seen of turns.together) {
+    if (!seen.has(model)) continue;
+    const beside = new Set([...resident].filter((each) => seen.has(each)));
+    let work = 0;
+    for (const each of beside) work += 1 + workOf(lanes.get(each));
+    if (work > most) [staying, most] = [beside, work];
+  }
+  return { leaving: [...resident].filter((each) => !staying.has(each)), known: true };
+}
+
+function workOf(lane: Contender | undefined): number {
+  return lane === undefined ? 0 : lane.line.waiting + lane.slots.used;
+}
+
+/** Since when somebody has wanted this model, which is not loaded; null: nobody does. */
+function wantedSince({ stay, line }: Contender): number | null {
+  if (line.waiting === 0) return stay.asked?.at ?? null;
+  let oldest = stay.asked?.at ?? Infinity;
+  for (const { arrivedAt } of claimsIn(line)) oldest = Math.min(oldest, arrivedAt);
+  return oldest;
+}
+
+/** A model that could be loaded next. */
+interface Next extends Placing {
+  model: string;
+  since: number;
+  /** When each of those that must leave has had its turn. */
+  over: Map<string, number>;
+  /** When all of them have. */
+  readyAt: number;
+}
+
+function nextOf(
+  turns: Turns,
+  lanes: ReadonlyMap<string, Contender>,
+  resident: ReadonlySet<string>,
+  model: string,
+  now: number,
+): Next | null {
+  const lane = lanes.get(model) as Contender;
+  const since = wantedSince(lane);
+  if (lane.stay.residency !== "cold" || since === null || lane.stay.retryAt > now) return null;
+  const place = placing(turns, lanes, resident, model);
+  const over = new Map<string, number>();
+  let readyAt = -Infinity;
+  for (const name of place.leaving) {
+    const other = lanes.get(name) as Contender;
+    const end = turnEnd(turns, lanes, lane, since, other, place.known);
+    over.set(name, end);
+    // With nobody waiting it ends by itself.
+    if (other.line.waiting > 0) readyAt = Math.max(readyAt, end);
+  }
+  const isCourtesy = lane.line.waiting === 0 && lane.stay.asked?.mayEvict === false;
+  if (isCourtesy && !fitsIdly(lanes, place)) readyAt = Infinity;
+  return { ...place, model, since, over, readyAt };
+}
+
+/** What nobody waits for is loaded where nobody leaves for it, or where nobody has tried and all is idle. */
+function fitsIdly(lanes: ReadonlyMap<string, Contender>, { leaving, known }: Placing): boolean {
+  if (known) return leaving.length === 0;
+  return leaving.every((each) => workOf(lanes.get(each)) === 0);
+}
+
+/**
+ * When one model has had its turn and another, which has been wanted since then, may take its memory:
+ * the turn and the wish have to be old enough both. A turn that serves everybody who waited at its
+ * beginning before it can end is what keeps the work going; the turn's length is what keeps changes
+ * rare; the wish's age is what keeps waiting bounded.
+ */
+function turnEnd(
+  turns: Turns,
+  lanes: ReadonlyMap<string, Contender>,
+  wanted: Contender,
+  since: number,
+  { stay, line, slots, serviceMs }: Contender,
+  known: boolean,
+): number {
+  if (stay.gate > 0) return Infinity;
+  // Where two have never been tried together it is worth one early change to find out.
+  if (!known) return -Infinity;
+  const loadMs = loadOf(wanted, lanes.values());
+  let length = turnLength(turns.turnMs, loadMs, serviceMs, slots.limit);
+  const head = headOf(wanted.line);
+  const isLower = head !== undefined && rankOf(head) < bestRankIn(line);
+  if (isLower && loadMs !== null) length = Math.min(length, LEAST_LOADS * loadMs);
+  return Math.max(since, stay.since) + length;
+}
+
+/**
+ * Says whose turn ends: sets `closing` of every lane and `wakeAt`, by what is true now.
+ *
+ * @returns the change to begin, once `isDrained`; null: none is due.
+ */
+export function planTurn(
+  turns: Turns,
+  lanes: ReadonlyMap<string, Contender>,
+  now: number,
+): Change | null {
+  turns.wakeAt = Infinity;
+  for (const [name, { stay }] of lanes) {
+    stay.closing = stay.unwanted || turns.change?.leaving.has(name) === true;
+  }
+  if (turns.change !== null) return null;
+  const resident = residents(lanes);
+  for (const name of resident) {
+    const lane = lanes.get(name) as Contender;
+    if (lane.stay.unwanted && lane.slots.used === 0) {
+      const gone = new Set([name]);
+      return { model: null, leaving: gone, unload: [name], resident, startedAt: now };
+    }
+  }
+  let next: Next | null = null;
+  for (const name of lanes.keys()) {
+    const wish = nextOf(turns, lanes, resident, name, now);
+    if (wish === null) continue;
+    if (wish.readyAt > now) turns.wakeAt = Math.min(turns.wakeAt, wish.readyAt);
+    else if (next === null || wish.since < next.since) next = wish;
+  }
+  if (next === null) return null;
+  const { model, known, over } = next;
+  for (const [name, end] of over) {
+    if (end <= now) (lanes.get(name) as Contender).stay.closing = true;
+  }
+  const leaving = new Set(next.leaving);
+  // Where all go the engine may choose whom it needs; where some stay it must not choose those.
+  const unload = known && leaving.size < resident.size ? next.leaving : [];
+  return { model, leaving, unload, resident, startedAt: now };
+}
+
+/** Nothing runs on what must leave: the engine never has to stop or wait for anything of ours. */
+export function isDrained({ leaving }: Change, lanes: ReadonlyMap<string, Contender>): boolean {
+  return [...leaving].every((name) => (lanes.get(name)?.slots.used ?? 0) === 0);
+}
+
+/** Begins a change that `planTurn` has named. */
+export function beginChange(
+  turns: Turns,
+  lanes: ReadonlyMap<string, Contender>,
+  change: Change,
+): void {
+  turns.change = change;
+  const lane = change.model === null ? undefined : lanes.get(change.model);
+  if (lane !== undefined) lane.stay.residency = "loading";
+}
+
+/**
+ * Takes what a look at the engine has shown. While a change is under way that is the past.
+ * What has come or gone without us starts a new turn.
+ */
+export function reportResidency(
+  turns: Turns,
+  lanes: ReadonlyMap<string, Contender>,
+  loaded: ReadonlySet<string>,
+  now: number,
+): void {
+  if (turns.change !== null) return;
+  for (const [name, { stay, line, slots }] of lanes) {
+    // Out of the configuration: nobody reports it any more, and it still runs.
+    if (slots.limit === 0) continue;
+    if (!loaded.has(name)) {
+      stay.residency = "cold";
+      stay.gate = 0;
+      stay.unwanted = false;
+    } else if (stay.residency !== "loaded") {
+      Object.assign(stay, { residency: "loaded", since: now, gate: line.waiting });
+      Object.assign(stay, { failures: 0, asked: null });
+    }
+  }
+  seenTogether(turns, residents(lanes));
+  refresh(turns, lanes);
+}
+
+/** Is there anything to decide? Where everything is loaded there is not. */
+export function refresh(turns: Turns, lanes: ReadonlyMap<string, Contender>): void {
+  turns.active = turns.change !== null;
+  for (const { stay } of lanes.values()) {
+    if (stay.residency !== "loaded" || stay.unwanted) turns.active = true;
+    else stay.closing = false;
+  }
+}
+
+function seenTogether(turns: Turns, models: ReadonlySet<string>) {
+  if (models.size < 2 || turns.together.some((seen) => includes(seen, models))) return;
+  const others = turns.together.filter((seen) => !includes(models, seen));
+  turns.together = [...others, models].slice(-MOST_LEARNED);
+  turns.apart = turns.apart.filter((each) => !includes(models, each.models));
+}
+
+function seenApart(turns: Turns, models: ReadonlySet<string>, at: number) {
+  turns.together = turns.together.filter((seen) => !includes(seen, models));
+  const others = turns.apart.filter((each) => !includes(each.models, models));
+  turns.apart = [...others, { models, at }]
+    .filter((each) => at - each.at < APART_MS)
+    .slice(-MOST_LEARNED);
+}
+
+/**
+ * A change is over: its model is loaded.
+ *
+ * @param loadMs what it took; null where that tells nothing, and nothing is learned from it.
+ * @param loaded what a look at the engine has shown since; null when that failed.
+ */
+export function finishChange(
+  turns: Turns,
+  lanes: ReadonlyMap<string, Contender>,
+  loadMs: number | null,
+  loaded: ReadonlySet<string> | null,
+  now: number,
+): void {
+  const { change } = turns;
+  if (change === null) return;
+  const { model, unload, leaving, resident } = change;
+  turns.change = null;
+  const lane = model === null ? undefined : lanes.get(model);
+  const there = new Set(loaded ?? [...resident].filter((each) => !leaving.has(each)));
+  if (lane !== undefined && model !== null) {
+    there.add(model);
+    const { stay } = lane;
+    if (loadMs !== null) {
+      stay.loadMs =
+        stay.loadMs === null ? loadMs : stay.loadMs + LOAD_WEIGHT * (loadMs - stay.loadMs);
+      const tried = new Set([...resident, model].filter((each) => !unload.includes(each)));
+      if (loaded !== null && !includes(there, tried)) seenApart(turns, tried, now);
+    }
+  }
+  reportResidency(turns, lanes, there, now);
+}
+
+/**
+ * A change is over and has failed: its model is left alone for a while, longer each time.
+ *
+ * @returns for how long, milliseconds.
+ */
+export function failChange(
+  turns: Turns,
+  lanes: ReadonlyMap<string, Contender>,
+  loaded: ReadonlySet<string> | null,
+  now: number,
+): number {
+  const { change } = turns;
+  if (change === null) return 0;
+  turns.change = null;
+  const there = new Set(loaded ?? [...change.resident].filter((each) => !change.leaving.has(each)));
+  const lane = change.model === null ? undefined : lanes.get(change.model);
+  const coolDown = Math.min(COOL_DOWN_MS * 2 ** (lane?.stay.failures ?? 0), LONGEST_COOL_DOWN_MS);
+  if (lane !== undefined && change.model !== null) {
+    there.delete(change.model);
+    lane.stay.failures++;
+    lane.stay.retryAt = now + coolDown;
+    lane.stay.asked = null;
+  }
+  reportResidency(turns, lanes, there, now);
+  return coolDown;
+}
+
+/** Somebody who waited has gone, started or not: the gate is never more than who waits. */
+export function narrowGate({ stay, line }: Contender): void {
+  stay.gate = Math.min(stay.gate, line.waiting);
+}
+
+/** The model whose turn it is, the last that was loaded, and what is shown of it. */
+export function turnIn(
+  turns: Turns,
+  lanes: ReadonlyMap<string, Contender>,
+): { model: string; since: number; gate: number; next: string | null } | null {
+  let model: string | null = null;
+  let since = -Infinity;
+  for (const [name, { stay }] of lanes) {
+    if (stay.residency === "loaded" && stay.since > since) [model, since] = [name, stay.since];
+  }
+  if (!turns.active || model === null) return null;
+  let next = turns.change?.model ?? null;
+  let oldest = Infinity;
+  for (const [name, lane] of turns.change === null ? lanes : []) {
+    const wanted = lane.stay.residency === "loaded" ? null : wantedSince(lane);
+    if (wanted !== null && wanted < oldest) [next, oldest] = [name, wanted];
+  }
+  return { model, since, gate: lanes.get(model)?.stay.gate ?? 0, next };
+}
