@@ -389,7 +389,7 @@ function loadFailed(
   const model = state.turns.change?.model ?? null;
   const retryAfterMs = failChange(state.turns, state.lanes, loaded, now);
   const lane = model === null ? undefined : state.lanes.get(model);
-  if (lane === undefined) return;
+  if (lane === undefined || retryAfterMs === null) return;
   for (const ticket of oldestFirst(lane)) {
     take(state, ticket);
     effects.push({ type: "refuse", ticket, cause: "load_failed", retryAfterMs });

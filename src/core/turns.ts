@@ -298,10 +298,10 @@ export function planTurn(
   for (const [name, end] of over) {
     if (end <= now) (lanes.get(name) as Contender).stay.closing = true;
   }
-  const leaving = new Set(next.leaving);
-  // Where all go the engine may choose whom it needs; where some stay it must not choose those.
-  const unload = known && leaving.size < resident.size ? next.leaving : [];
-  return { model, leaving, unload, resident, startedAt: now };
+  // Where nothing is known the engine shows what fits. Else it must not choose who stays, and what was
+  // loaded on request some engines (LM Studio) never put out by themselves.
+  const unload = known ? next.leaving : [];
+  return { model, leaving: new Set(next.leaving), unload, resident, startedAt: now };
 }
 
 /** Nothing runs on what must leave: the engine never has to stop or wait for anything of ours. */
@@ -371,6 +371,14 @@ function seenApart(turns: Turns, models: ReadonlySet<string>, at: number) {
     .slice(-MOST_LEARNED);
 }
 
+/** What would be loaded at once if the engine put out nobody by itself. */
+function triedIn({ model, resident, unload }: Change): Set<string> {
+  const tried = new Set(resident);
+  for (const each of unload) tried.delete(each);
+  if (model !== null) tried.add(model);
+  return tried;
+}
+
 /**
  * A change is over: its model is loaded.
  *
@@ -386,7 +394,7 @@ export function finishChange(
 ): void {
   const { change } = turns;
   if (change === null) return;
-  const { model, unload, leaving, resident } = change;
+  const { model, leaving, resident } = change;
   turns.change = null;
   const lane = model === null ? undefined : lanes.get(model);
   const there = new Set(loaded ?? [...resident].filter((each) => !leaving.has(each)));
@@ -396,7 +404,7 @@ export function finishChange(
     if (loadMs !== null) {
       stay.loadMs =
         stay.loadMs === null ? loadMs : stay.loadMs + LOAD_WEIGHT * (loadMs - stay.loadMs);
-      const tried = new Set([...resident, model].filter((each) => !unload.includes(each)));
+      const tried = triedIn(change);
       if (loaded !== null && !includes(there, tried)) seenApart(turns, tried, now);
     }
   }
@@ -404,27 +412,38 @@ export function finishChange(
 }
 
 /**
- * A change is over and has failed: its model is left alone for a while, longer each time.
+ * A change is over and has failed: its model is left alone for a while, longer each time. Where it was
+ * tried beside others for the first time there may just have been no room: then the next try is at
+ * once, with the others out.
  *
- * @returns for how long, milliseconds.
+ * @returns for how long it is left alone, milliseconds; null: not at all.
  */
 export function failChange(
   turns: Turns,
   lanes: ReadonlyMap<string, Contender>,
   loaded: ReadonlySet<string> | null,
   now: number,
-): number {
+): number | null {
   const { change } = turns;
-  if (change === null) return 0;
+  if (change === null) return null;
   turns.change = null;
   const there = new Set(loaded ?? [...change.resident].filter((each) => !change.leaving.has(each)));
   const lane = change.model === null ? undefined : lanes.get(change.model);
-  const coolDown = Math.min(COOL_DOWN_MS * 2 ** (lane?.stay.failures ?? 0), LONGEST_COOL_DOWN_MS);
+  let coolDown: number | null = null;
   if (lane !== undefined && change.model !== null) {
+    const { stay } = lane;
+    stay.residency = "cold";
     there.delete(change.model);
-    lane.stay.failures++;
-    lane.stay.retryAt = now + coolDown;
-    lane.stay.asked = null;
+    const tried = triedIn(change);
+    const isNews = tried.size > 1 && !turns.apart.some(({ models }) => includes(tried, models));
+    if (isNews) {
+      seenApart(turns, tried, now);
+    } else {
+      coolDown = Math.min(COOL_DOWN_MS * 2 ** stay.failures, LONGEST_COOL_DOWN_MS);
+      stay.failures++;
+      stay.retryAt = now + coolDown;
+      stay.asked = null;
+    }
   }
   reportResidency(turns, lanes, there, now);
   return coolDown;

@@ -81,6 +81,9 @@ export interface Said {
  */
 export type Meaning = "unsupported" | "too_long" | "unsupported_input" | "not_loaded" | "broken";
 
+/** The engine itself says that a model cannot be loaded; the message is its reason. */
+export class LoadFailed extends Error {}
+
 /** The backend's side: only what differs per kind. Knows no plane and no request but the one given. */
 export interface Engine {
   kind: Kind;
@@ -109,6 +112,16 @@ export interface Engine {
    * @throws Error with the reason in words.
    */
   look(connection: Connection, signal: AbortSignal): Promise<Sighting>;
+  /**
+   * Loads a model, whatever it takes: until it is there or the signal is aborted. Null: it has all it
+   * has in memory, or cannot be told.
+   *
+   * @returns false when the engine did not say whether it is there: a request will find out.
+   * @throws LoadFailed; any other error when there was no answer.
+   */
+  load: ((connection: Connection, model: string, signal: AbortSignal) => Promise<boolean>) | null;
+  /** Puts a model out of memory. Nothing may run on it. */
+  unload: ((connection: Connection, model: string, signal: AbortSignal) => Promise<void>) | null;
   /** What a refusal means where the rules for all engines would misread it, else null. */
   meaning(said: Said): Meaning | null;
 }
@@ -188,6 +201,14 @@ export async function askAside(
 ): Promise<Record<string, unknown> | null> {
   const answer = await ask(connection, path, signal, question).catch(() => null);
   return answer?.status === 200 && isRecord(answer.body) ? answer.body : null;
+}
+
+/** What an engine says of a load that it did not do: a failure, or nothing about the model at all. */
+export function readLoadRefusal(status: number, body: unknown, text: string): false {
+  const words = (isRecord(body) ? errorWords(body["error"]) : null) ?? text.slice(0, 200);
+  // Not there, not allowed, too busy: whoever asks for an answer is told so in better words.
+  if ([401, 403, 404, 405, 429, 503].includes(status)) return false;
+  throw new LoadFailed(`HTTP ${status}: ${words}`);
 }
 
 function isLoading(status: number, body: unknown): boolean {
@@ -285,5 +306,7 @@ export const openai: Engine = {
   limitFields: LIMIT_FIELDS,
   send: sendByFetch,
   look: lookAtModels,
+  load: null,
+  unload: null,
   meaning: plainMeaning,
 };

@@ -2,12 +2,15 @@ import type { Residency } from "../core/snapshot.ts";
 import { isRecord, textOf } from "../dialects/dialect.ts";
 import { LIMIT_FIELDS } from "./cap.ts";
 import {
+  ask,
   askAside,
   countOf,
   fromCard,
   knownMeaning,
   list,
+  LoadFailed,
   openai,
+  readLoadRefusal,
   type Connection,
   type Engine,
   type ListedModel,
@@ -90,6 +93,57 @@ async function routed(
   return named(card, residency, props ?? {});
 }
 
+const LOOK_MS = 50;
+const LONGEST_LOOK_MS = 500;
+/** So often it may say that it does not load what it was told to load. */
+const MOST_IDLE_LOOKS = 5;
+
+/** What a router says of a model. */
+async function statusOf(connection: Connection, model: string, signal: AbortSignal) {
+  const { items } = await list(connection, "/models", "data", signal);
+  return fieldsOf(items.find((card) => card["id"] === model)?.["status"]);
+}
+
+/** A router answers at once and loads afterwards. */
+async function load(connection: Connection, model: string, signal: AbortSignal): Promise<boolean> {
+  const { status, body, text } = await ask(connection, "/models/load", signal, { model });
+  const isRunning = status === 400 && /already (?:running|loaded|loading)/i.test(text);
+  // A server with one model has no such route, and wakes it when asked for an answer.
+  if (status !== 200 && !isRunning) return readLoadRefusal(status, body, text);
+  let idle = 0;
+  for (let ms = LOOK_MS; idle < MOST_IDLE_LOOKS; ms = Math.min(ms * 1.5, LONGEST_LOOK_MS)) {
+    const { value, failed, exit_code: code } = await statusOf(connection, model, signal);
+    if (value === "loaded") return true;
+    if (failed === true) throw new LoadFailed(`its server ended with exit code ${String(code)}`);
+    if (value !== "loading") idle++;
+    await pause(ms, signal);
+  }
+  return false;
+}
+
+async function unload(connection: Connection, model: string, signal: AbortSignal): Promise<void> {
+  const { status } = await ask(connection, "/models/unload", signal, { model });
+  if (status !== 200) return;
+  while ((await statusOf(connection, model, signal))["value"] === "loaded") {
+    await pause(LOOK_MS, signal);
+  }
+}
+
+/** Rejects when the signal is aborted. */
+function pause(ms: number, signal: AbortSignal): Promise<void> {
+  return new Promise((resolve, reject) => {
+    const leave = () => {
+      clearTimeout(timer);
+      reject(signal.reason as Error);
+    };
+    const timer = setTimeout(() => {
+      signal.removeEventListener("abort", leave);
+      resolve();
+    }, ms);
+    signal.addEventListener("abort", leave, { once: true });
+  });
+}
+
 export const llamacpp: Engine = {
   ...openai,
   kind: "llamacpp",
@@ -121,6 +175,8 @@ export const llamacpp: Engine = {
     );
     return { loading, models: models.flat() };
   },
+  load,
+  unload,
   meaning(said) {
     const { status, words } = said;
     // It blames itself for these three; the fault is the request's.

@@ -1,10 +1,13 @@
 import { isRecord, textOf } from "../dialects/dialect.ts";
 import {
+  ask,
   askAside,
   countOf,
   knownMeaning,
+  LoadFailed,
   modelNamed,
   openai,
+  type Connection,
   type Engine,
   type ListedModel,
   type Sighting,
@@ -55,6 +58,23 @@ function listedBefore(item: Record<string, unknown>): ListedModel[] {
   ];
 }
 
+/** Since 0.4; older ones load a model when it is asked for an answer. */
+async function load(connection: Connection, model: string, signal: AbortSignal): Promise<boolean> {
+  const { status, body, text } = await ask(connection, "/api/v1/models/load", signal, { model });
+  if (/failed to load model/i.test(text)) throw new LoadFailed(`HTTP ${status}: ${text}`);
+  return status === 200 && isRecord(body) && body["status"] === "loaded";
+}
+
+async function unload(connection: Connection, model: string, signal: AbortSignal): Promise<void> {
+  const told = await askAside(connection, "/api/v1/models", signal);
+  const models = Array.isArray(told?.["models"]) ? told["models"].filter(isRecord) : [];
+  const instances = models.find((each) => each["key"] === model)?.["loaded_instances"];
+  for (const instance of Array.isArray(instances) ? instances.filter(isRecord) : []) {
+    const wish = { instance_id: instance["id"] };
+    await askAside(connection, "/api/v1/models/unload", signal, wish);
+  }
+}
+
 export const lmstudio: Engine = {
   ...openai,
   kind: "lmstudio",
@@ -74,6 +94,8 @@ export const lmstudio: Engine = {
     }
     return openai.look(connection, signal);
   },
+  load,
+  unload,
   meaning(said) {
     // Its own crash and a load that failed are a 400, as if the request were at fault.
     if (/model has crashed|failed to load model/i.test(said.words)) return "broken";

@@ -1,12 +1,14 @@
 import { isRecord, numberOf, textOf, type Ability } from "../dialects/dialect.ts";
 import { LIMIT_FIELDS, valueOf } from "./cap.ts";
 import {
+  ask,
   askAside,
   countOf,
   knownMeaning,
   list,
   modelNamed,
   openai,
+  readLoadRefusal,
   type Connection,
   type Engine,
   type ListedModel,
@@ -129,6 +131,26 @@ function listed(item: Fields, running: Fields[] | null): ListedModel[] {
   ];
 }
 
+/** Only the gateway's own loads say it; requests on `/v1` renew it. */
+const KEEP_ALIVE = "30m";
+
+/** Without a prompt it only loads; a model that embeds has another route for the same. */
+async function load(connection: Connection, model: string, signal: AbortSignal): Promise<boolean> {
+  const wish = { model, keep_alive: KEEP_ALIVE };
+  let answer = await ask(connection, "/api/generate", signal, { ...wish, stream: false });
+  if (answer.status === 400 && answer.text.includes("does not support generate")) {
+    answer = await ask(connection, "/api/embed", signal, { ...wish, input: "" });
+  }
+  return answer.status === 200 || readLoadRefusal(answer.status, answer.body, answer.text);
+}
+
+async function unload(connection: Connection, model: string, signal: AbortSignal): Promise<void> {
+  const wish = { model, keep_alive: 0 };
+  const { text } = await ask(connection, "/api/generate", signal, wish);
+  if (!text.includes("does not support generate")) return;
+  await ask(connection, "/api/embed", signal, { ...wish, input: "" });
+}
+
 export const ollama: Engine = {
   ...openai,
   kind: "ollama",
@@ -158,5 +180,7 @@ export const ollama: Engine = {
     const running = Array.isArray(loaded) ? loaded.filter(isRecord) : null;
     return { loading, models: items.flatMap((item) => listed(item, running)) };
   },
+  load,
+  unload,
   meaning: knownMeaning,
 };

@@ -132,13 +132,17 @@ describe("turns", () => {
     const world = new TurnWorld({ ...BASE, models: ["a", "b"], loaded: ["a"] });
     world.broken.add("b");
     const other = world.arrive(100, "a");
-    for (const at of [0, 1, 10_500, 10_600, 30_000, 31_200]) world.arrive(at, "b");
+    for (const at of [0, 1, 11_200, 31_800]) world.arrive(at, "b");
+    const late = world.arrive(11_000, "b");
+    world.arrive(31_700, "b");
     world.run();
     assert.equal(world.jobs.get(other)?.ending, "done");
     assert.deepEqual(
       world.loads.filter(({ model }) => model === "b").map(({ at }) => at),
-      [0, 10_600, 31_200],
+      // The second try, with a put out, shows that it was not for want of room.
+      [0, 550, 11_200, 31_800],
     );
+    assert.equal(world.jobs.get(late)?.ending, "refused", "11 s are still within the first 10");
   });
 
   it("takes a change of residency without it for a new turn", () => {
