@@ -40,12 +40,14 @@ export default defineConfig({
   //     backends: ["vllm"], // only these serve it; absent: all that have it
   //     aliases: ["default"],
   //     concurrency: 4, // requests at once over all backends
+  //     warm: false, // true: loaded at start and after a reload, where it fits
   //     maxOutputTokens: 4096, // cap on one answer
   //   },
   // },
   // queue: {
   //   maxWaitMs: 120_000, // the longest wait; 0: do not wait
   //   maxLength: 512, // waiting requests per model
+  //   turnMs: "auto", // ms a model stays at least while others want its memory; auto: from what a load takes
   //   heartbeatMs: 15_000, // comments in a stream while nothing flows; 0: none
   // },
   // timeouts: {
@@ -54,6 +56,7 @@ export default defineConfig({
   //   idleMs: 120_000, // streams, between chunks; 0: none
   //   clientMs: 60_000, // a client that does not read; 0: none
   //   totalMs: 0, // answers in one piece; 0: none
+  //   loadMs: 600_000, // one load of a model
   // },
   // limits: {
   //   bodyBytes: 32 * 1024 * 1024, // one request body

@@ -91,6 +91,10 @@ const model = z.strictObject({
     .optional()
     .describe("Smaller models, tried in this order. In effect from a later version."),
   concurrency: count.optional().describe("Requests at once over all backends."),
+  warm: z
+    .boolean()
+    .default(false)
+    .describe("Loaded at start and after a reload, where it fits beside what is loaded."),
   maxOutputTokens: count
     .optional()
     .describe("Cap on the tokens of one answer: put in where the client set none or more."),
@@ -218,6 +222,12 @@ const sections = {
         "Longest wait for a slot, also capped by the client's own time-out. 0: do not wait.",
       ),
     maxLength: count.default(512).describe("Waiting requests per model."),
+    turnMs: z
+      .union([z.literal("auto"), ms])
+      .default("auto")
+      .describe(
+        "How long a model stays at least while others want its memory. `auto`: from what a load takes, 2 s to 60 s. Never below four loads.",
+      ),
     heartbeatMs: ms
       .default(15_000)
       .describe("A comment in a stream after so long without anything else. 0: none."),
@@ -231,6 +241,7 @@ const sections = {
     idleMs: ms.default(120_000).describe("Streams: between chunks. 0: none."),
     clientMs: ms.default(60_000).describe("A client that does not read. 0: none."),
     totalMs: ms.default(0).describe("Answers in one piece. 0: none but the client's own."),
+    loadMs: ms.min(1).default(600_000).describe("One load of a model."),
   }),
   limits: z.strictObject({
     bodyBytes: size.default(32 * MIB).describe("One request body; beyond: 413."),

@@ -28,6 +28,7 @@ const TABLE = {
   /** Only ever inside a stream. */
   output_limit_exceeded: [502, "server_error"],
   no_backend_available: [503, "server_error"],
+  model_load_failed: [503, "server_error"],
   overloaded: [503, "server_error"],
   shutting_down: [503, "server_error"],
   upstream_timeout: [504, "server_error"],

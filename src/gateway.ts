@@ -1,5 +1,5 @@
 import type { Peer } from "./admin/api.ts";
-import { Operations } from "./admin/operations.ts";
+import { Operations, type QueuedRequest } from "./admin/operations.ts";
 import { createApp } from "./app.ts";
 import { tenantOf, type Config } from "./config.ts";
 import { Control } from "./control/control.ts";
@@ -15,6 +15,7 @@ import type { Exchange } from "./data/exchange.ts";
 import { prepareAccess } from "./data/identify.ts";
 import { shuttingDown } from "./data/pipeline.ts";
 import type { Plane } from "./data/plane.ts";
+import type { Loaded } from "./fleet/change.ts";
 import { Fleet } from "./fleet/fleet.ts";
 import type { Settings, Sources } from "./settings/load.ts";
 import { Answers } from "./stores/answers.ts";
@@ -88,7 +89,10 @@ export async function startGateway(
     breaker: settings.config.circuitBreaker,
     random: Math.random,
     apiKeyOf: (id) => control.apiKeyOf(id),
+    look: (connection, engine) => control.look(connection, engine),
+    loaded: tellLoad,
   });
+  timeLoads(settings.config);
   const control: Control = new Control({
     log,
     now,
@@ -125,12 +129,13 @@ export async function startGateway(
     sources,
     log,
     async swap(next) {
-      const { backends } = await control.configure(next.config, () => take(next));
+      const { backends, probed } = await control.configure(next.config, () => take(next));
+      void probed.then(() => warm(next.config));
       return backends;
     },
     done: (ok) => plane.metrics?.reload(ok),
   });
-  const operations = new Operations(control, fleet, reloader, {
+  const tenants = {
     running: () =>
       [...exchanges].map((exchange) => {
         const queued = waitingOf(exchange.flight ?? exchange) !== null;
@@ -138,9 +143,10 @@ export async function startGateway(
       }),
     ledger: () => plane.ledger,
     usage: plane.tenants,
-  });
+  };
+  const operations = new Operations(control, fleet, reloader, tenants, waitingNow);
   const gauges = {
-    snapshot: () => control.snapshot,
+    snapshot: () => operations.snapshot(),
     usage: () => fleet.usage(),
     running: () => [...exchanges].map((exchange) => (exchange.flight ?? exchange).record),
     cache: () => plane.answers,
@@ -161,6 +167,7 @@ export async function startGateway(
   const { probed } = await control.configure(settings.config, () => {});
   void probed.then(() => {
     firstRound = true;
+    warm(settings.config);
   });
 
   function appOptions() {
@@ -195,6 +202,36 @@ export async function startGateway(
     plane.sharedAnswers = link === null || !cache.enabled ? null : new RedisAnswers(link);
   }
 
+  function timeLoads({ queue, timeouts }: Config) {
+    fleet.turnMs = queue.turnMs;
+    fleet.loadMs = timeouts.loadMs;
+  }
+
+  /** Has the models loaded that are to be there before anybody asks. */
+  function warm({ models }: Config) {
+    for (const [name, model] of Object.entries(models)) if (model.warm) fleet.warm(name, false);
+  }
+
+  function tellLoad({ backend, model, loaded, reason, ms }: Loaded) {
+    const result = loaded === null ? "unknown" : loaded ? "success" : "failure";
+    plane.metrics?.load(model, backend, result, ms);
+    const fields = { backend_id: backend, model, load_ms: Math.round(ms) };
+    if (loaded === false) log.warn("model not loaded", { ...fields, reason });
+    else if (loaded) log.info("model loaded", fields);
+  }
+
+  function waitingNow(): QueuedRequest[] {
+    return [...exchanges].flatMap((exchange) => {
+      const { id, tenant, priority, receivedAt } = exchange;
+      const asking = exchange.flight ?? exchange;
+      const waiting = waitingOf(asking);
+      if (waiting === null) return [];
+      const { model, backend_id: backend } = asking.record;
+      const waitedMs = Math.round(now() - receivedAt);
+      return [{ id, tenant, model, priority, backend, waitedMs, etaMs: null, ...waiting }];
+    });
+  }
+
   async function budgetsInUse() {
     const { config, ledger } = plane;
     const all = Object.keys(config.tenants).map(async (tenant) => {
@@ -225,6 +262,7 @@ export async function startGateway(
     plane.access = prepareAccess(config, environmentKeys, keyFiles, plane.access);
     fleet.maxLength = config.queue.maxLength;
     fleet.breaker = config.circuitBreaker;
+    timeLoads(config);
     plane.answers.configure(config.cache.enabled ? config.cache : NO_CACHE);
     if (JSON.stringify(before.redis) !== JSON.stringify(config.redis)) shareOver(config);
     shareAnswers(config);

@@ -15,6 +15,8 @@ export interface Peer {
 }
 
 const idParam = z.object({ id: z.string().min(1) });
+const modelParam = z.object({ model: z.string().min(1) });
+const placeBody = z.object({ backend: z.string().optional() }).catch({});
 const reloadQuery = z.object({ dry_run: z.enum(["true", "false"]).optional() });
 
 /** Lets nobody past but operators; where the admin side is switched off nobody at all. */
@@ -52,6 +54,23 @@ export function adminApi(operations: Operations): Hono<{ Bindings: Peer }> {
       throw error instanceof ConfigError ? invalidConfig(error) : error;
     }
   });
+  api.get("/queue", (context) => context.json(operations.queue()));
+  for (const verb of ["load", "unload"] as const) {
+    api.post(
+      `/models/:model{.+}/${verb}`,
+      zValidator("param", modelParam, refuseInvalid),
+      async (context) => {
+        const { model } = context.req.valid("param");
+        const { backend = null } = placeBody.parse(await context.req.json().catch(() => ({})));
+        if (!operations.snapshot().models.some(({ name }) => name === model)) {
+          throw new GatewayError("model_not_found", `there is no model ${quote(model)}`);
+        }
+        const targets = operations[verb](model, backend);
+        if (targets.length === 0) throw noSuchBackend(backend ?? "", operations.backends());
+        return context.json({ model, targets }, 202);
+      },
+    );
+  }
   api.get("/tenants", async (context) => context.json(await operations.tenants()));
   api.get("/config", (context) =>
     context.json({ values: operations.values(), lastReload: operations.lastReload }),

@@ -1,10 +1,10 @@
 import type { BackendAction, Control } from "../control/control.ts";
 import type { Difference, LastReload, Reloader } from "../control/reload.ts";
-import type { Backend, Snapshot } from "../core/snapshot.ts";
+import type { Backend, Residency, Snapshot } from "../core/snapshot.ts";
 import { tenantOf, type Priority } from "../config.ts";
 import { limitsOf } from "../core/budget.ts";
 import type { Fleet } from "../fleet/fleet.ts";
-import type { BreakerReport } from "../fleet/live.ts";
+import type { BreakerReport, TurnReport } from "../fleet/live.ts";
 import type { BudgetReport, Ledger } from "../stores/ledger.ts";
 import type { TenantUsage, Used } from "../telemetry/tenants.ts";
 import { valuesOf, type Value } from "../settings/values.ts";
@@ -17,6 +17,8 @@ export interface BackendReport extends Backend {
   slots: number;
   /** Of the backend as a whole. */
   breaker: BreakerReport;
+  /** Where not all models are loaded. */
+  turn?: TurnReport;
   ttftMs: { p50: number | null; p95: number | null; p99: number | null };
   tokensPerSecond: number | null;
   lastError: { at: number; code: string } | null;
@@ -40,6 +42,27 @@ export interface Tenants {
   usage: TenantUsage;
 }
 
+/** A request that waits. Durations in milliseconds. */
+export interface QueuedRequest {
+  id: string;
+  tenant: string;
+  model: string | null;
+  priority: Priority;
+  backend: string | null;
+  /** Requests of its model that start before it. */
+  position: number;
+  waitedMs: number;
+  /** Null: nobody can say yet. */
+  etaMs: number | null;
+  reason: string;
+}
+
+export interface QueueReport {
+  requests: QueuedRequest[];
+  /** Of backends where not everything is loaded. */
+  turns: (TurnReport & { backend: string })[];
+}
+
 export type Reloaded = Difference & { backends: BackendAction[] };
 
 /** What the operator may see and do; every change is also in the log. */
@@ -48,8 +71,17 @@ export class Operations {
   readonly #fleet: Fleet;
   readonly #reloader: Reloader;
   readonly #tenants: Tenants;
+  readonly #waiting: () => QueuedRequest[];
 
-  constructor(control: Control, fleet: Fleet, reloader: Reloader, tenants: Tenants) {
+  /** @param waiting the requests that wait now. */
+  constructor(
+    control: Control,
+    fleet: Fleet,
+    reloader: Reloader,
+    tenants: Tenants,
+    waiting: () => QueuedRequest[],
+  ) {
+    this.#waiting = waiting;
     this.#control = control;
     this.#fleet = fleet;
     this.#reloader = reloader;
@@ -67,15 +99,25 @@ export class Operations {
     const backends = snapshot.backends.map((backend) => {
       return { ...backend, checkedAt: this.#control.checkedAt(backend.id) };
     });
-    return { ...snapshot, backends };
+    const models = snapshot.models.map((model) => {
+      const targets = model.targets.map((target) => {
+        // A load of our own is known here first, and of some engines nowhere else.
+        const own = this.#fleet.residencyOf(target.backend, model.name);
+        return own === null ? target : { ...target, residency: own };
+      });
+      return { ...model, targets };
+    });
+    return { ...snapshot, backends, models };
   }
 
   backends(): BackendReport[] {
     const usage = new Map(this.#fleet.usage().map((each) => [each.backend, each]));
     return this.snapshot().backends.map((backend) => {
       const { running = 0, waiting = 0, slots = 0, observed } = usage.get(backend.id) ?? {};
+      const turn = this.#fleet.turnOf(backend.id);
       return {
         ...backend,
+        ...(turn === null ? {} : { turn }),
         inFlight: running,
         queued: waiting,
         slots,
@@ -89,6 +131,33 @@ export class Operations {
         lastError: observed?.lastError ?? null,
       };
     });
+  }
+
+  queue(): QueueReport {
+    const turns = this.#control.snapshot.backends.flatMap(({ id }) => {
+      const turn = this.#fleet.turnOf(id);
+      return turn === null ? [] : [{ backend: id, ...turn }];
+    });
+    return { requests: this.#waiting(), turns };
+  }
+
+  /** Has a model loaded, when its turn comes. @param backend null: wherever it can be. */
+  load(model: string, backend: string | null): { backend: string; residency: Residency }[] {
+    this.#fleet.warm(model, true, backend);
+    return this.#targetsOf(model, backend);
+  }
+
+  /** Has a model put out of memory, as soon as nothing runs there. */
+  unload(model: string, backend: string | null): { backend: string; residency: Residency }[] {
+    this.#fleet.unload(model, backend);
+    return this.#targetsOf(model, backend);
+  }
+
+  #targetsOf(model: string, backend: string | null) {
+    const targets = this.snapshot().models.find(({ name }) => name === model)?.targets ?? [];
+    return targets
+      .filter((target) => backend === null || target.backend === backend)
+      .map((target) => ({ backend: target.backend, residency: target.residency }));
   }
 
   async tenants(): Promise<TenantReport[]> {

@@ -111,14 +111,22 @@ export class Control {
    * at where it was: what runs there has to know as well. Never rejects.
    */
   check(connection: Connection, engine: Engine): Promise<boolean> {
-    const { id, url } = connection;
-    const isHere = this.#registry.wanted.some((each) => each.id === id && (each.url ?? "") === url);
-    if (isHere) return this.#prober.check(id);
+    if (this.#isHere(connection)) return this.#prober.check(connection.id);
     const look = within(LEFT_LOOK_MS, (signal) => engine.look(connection, signal));
     return look.then(
       () => true,
       () => false,
     );
+  }
+
+  /** Looks at a backend that something has just been done to; true when it answered. Never rejects. */
+  look(connection: Connection, engine: Engine): Promise<boolean> {
+    if (this.#isHere(connection)) return this.#prober.look(connection.id);
+    return this.check(connection, engine);
+  }
+
+  #isHere({ id, url }: Connection): boolean {
+    return this.#registry.wanted.some((each) => each.id === id && (each.url ?? "") === url);
   }
 
   /**

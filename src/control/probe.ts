@@ -188,6 +188,14 @@ export class Prober {
     return watch !== undefined && (await this.#check(watch));
   }
 
+  /** The same with a probe that begins after this call: what it sees is no older. */
+  async look(id: string): Promise<boolean> {
+    const watch = this.#watches.get(id);
+    if (watch === undefined) return false;
+    await watch.running;
+    return await this.#check(watch);
+  }
+
   #check(watch: Watch): Promise<boolean> {
     watch.running ??= this.#probe(watch).finally(() => {
       watch.running = null;

@@ -99,14 +99,9 @@ export type SchedulerEvent =
       tokens: number | null;
       heldUntil: number | null;
     }
-  | {
-      type: "configure";
-      available: boolean;
-      concurrency: number;
-      lanes: readonly LanePlan[];
-      /** `queue.turnMs`; absent: as it was. */
-      turnMs?: number | "auto";
-    }
+  | { type: "configure"; available: boolean; concurrency: number; lanes: readonly LanePlan[] }
+  /** `queue.turnMs` from now on. */
+  | { type: "turns"; turnMs: number | "auto" }
   /** What the engine has in memory. Without such an event everything counts as loaded. */
   | { type: "residency"; loaded: ReadonlySet<string> }
   /**
@@ -188,6 +183,10 @@ export function step(state: SchedulerState, event: SchedulerEvent, now: number):
       if (state.heldUntil !== null) arm(state, effects);
       serve(state, now, effects);
       break;
+    case "turns":
+      state.turns.turnMs = event.turnMs;
+      serve(state, now, effects);
+      break;
     case "room":
       serve(state, now, effects);
       break;
@@ -233,10 +232,24 @@ export function hasRoom(state: SchedulerState, model: string): boolean {
   return lane !== undefined && lane.line.waiting === 0 && mayStart(state, lane);
 }
 
-/** Would it, once its model is loaded? */
-export function isVacant(state: SchedulerState, model: string): boolean {
+/** Would it, once its model is loaded, which has not just failed? */
+export function isVacant(state: SchedulerState, model: string, now: number): boolean {
   const lane = state.lanes.get(model);
-  return lane !== undefined && lane.line.waiting === 0 && hasSlot(state, lane);
+  if (lane === undefined || isCooling(lane, now)) return false;
+  return lane.line.waiting === 0 && hasSlot(state, lane);
+}
+
+/** Until when this model is left alone because a load failed; null: it is not. */
+export function coolsUntil(state: SchedulerState, model: string, now: number): number | null {
+  const lane = state.lanes.get(model);
+  return lane !== undefined && isCooling(lane, now) ? lane.stay.retryAt : null;
+}
+
+/** What a request of this model that does not start waits for, in words for people. */
+export function waitsFor(state: SchedulerState, model: string): string {
+  const { residency = "loaded", closing = false } = state.lanes.get(model)?.stay ?? {};
+  if (residency === "loading") return `loading ${model}`;
+  return residency === "cold" || closing ? `waiting for ${model}'s turn` : "waiting for a slot";
 }
 
 /** Requests of this model that start here before the ticket; -1 when it does not wait here. */
@@ -429,7 +442,6 @@ function configure(
 ) {
   state.available = plan.available;
   state.backend.limit = plan.concurrency;
-  state.turns.turnMs = plan.turnMs ?? state.turns.turnMs;
   const planned = new Set<string>();
   for (const { model, slots, shared, places, loaded = true } of plan.lanes) {
     planned.add(model);

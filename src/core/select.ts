@@ -6,6 +6,8 @@ export interface Candidate {
   health: Health;
   /** A request would start at once: a free slot, and nobody waiting for it. */
   free: boolean;
+  /** It would, once its model is loaded; absent: as `free`. */
+  vacant?: boolean;
   /** Running and waiting requests of the whole backend. */
   load: number;
   weight: number;
@@ -49,7 +51,7 @@ export function select(candidates: readonly Candidate[], credit: Credit): Select
   // are refused.
   if (candidates.some((candidate) => candidate.trying)) return null;
   const [trial] = candidates
-    .filter((candidate) => !candidate.barred && candidate.free)
+    .filter((candidate) => !candidate.barred && (candidate.vacant ?? candidate.free))
     .toSorted((a, b) => (a.failedAt ?? 0) - (b.failedAt ?? 0));
   if (trial === undefined) return null;
   return { target: trial.target, reason: "trial" };

@@ -4,7 +4,7 @@ import { select, type Candidate, type Credit, type Selection } from "../core/sel
 import type { Want } from "../dialects/dialect.ts";
 import type { Engine } from "../engines/engine.ts";
 import { GatewayError, quote } from "../errors.ts";
-import type { Admission, Permit, Place } from "../fleet/fleet.ts";
+import type { Admission, Permit, Place } from "../fleet/permit.ts";
 import type { Exchange } from "./exchange.ts";
 import type { Plane } from "./plane.ts";
 
@@ -21,8 +21,9 @@ export interface Waiting {
 const places = new WeakMap<Exchange, { place: Place; leave: () => void }>();
 
 export function waitingOf(exchange: Exchange): Waiting | null {
-  const position = places.get(exchange)?.place.position() ?? -1;
-  return position < 0 ? null : { position, reason: "waiting for a slot" };
+  const place = places.get(exchange)?.place;
+  const position = place?.position() ?? -1;
+  return place === undefined || position < 0 ? null : { position, reason: place.reason() };
 }
 
 /** Lets a request that waits choose again, since its priority or its deadline is another one now. */
@@ -118,6 +119,7 @@ export async function admit(
   options: AdmitOptions,
 ): Promise<Permit> {
   const startedAt = plane.now();
+  const loadedMs = loadedBefore(exchange);
   // Asked once: a retry that was let wait is not refused because it has to choose again.
   let waits: boolean | null = null;
   const choices: AdmitOptions = { ...options, mayWait: () => (waits ??= options.mayWait()) };
@@ -133,12 +135,19 @@ export async function admit(
       if (!("then" in admission)) {
         if (admission.type === "granted") return admission.permit;
       } else if (endSpan === null) {
-        endSpan = exchange.trace.queue(Math.max(0, place.position()), "waiting for a slot");
+        endSpan = exchange.trace.queue(Math.max(0, place.position()), place.reason());
       }
+      const since = plane.now();
       const decided = await admission;
+      if ("then" in admission) tellLoad(exchange, plane, model.name, backend, since);
       exchange.check();
       if (decided.type === "granted") return decided.permit;
-      if (decided.type === "refused") throw refusal(decided, model.name, patience);
+      if (decided.type === "refused") {
+        const failed = decided.cause === "load_failed" ? plane.fleet.failedLoad(model) : null;
+        throw failed === null
+          ? refusal(decided, model.name, patience)
+          : notLoaded(model.name, failed);
+      }
       exchange.renew();
       model = resolveModel(exchange, plane);
       ticket = ticketFor(exchange, plane, model, options.tried);
@@ -147,10 +156,26 @@ export async function admit(
     places.delete(exchange);
     if (endSpan !== null) {
       endSpan();
-      exchange.timing.queue = (exchange.timing.queue ?? 0) + plane.now() - startedAt;
+      const waitedMs = plane.now() - startedAt - (loadedBefore(exchange) - loadedMs);
+      exchange.timing.queue = (exchange.timing.queue ?? 0) + waitedMs;
       exchange.record.queue_ms = Math.round(exchange.timing.queue);
     }
   }
+}
+
+/** For how long it has waited for loads, milliseconds. */
+function loadedBefore({ timing }: Exchange): number {
+  return timing.load ?? 0;
+}
+
+/** Of the time since `since` that a request has waited, what went into loading its model. */
+function tellLoad(exchange: Exchange, plane: Plane, model: string, backend: string, since: number) {
+  const load = plane.fleet.loadSince(backend, model, since);
+  if (load === null) return;
+  exchange.timing.load = loadedBefore(exchange) + load.to - load.from;
+  exchange.record.load_ms = Math.round(exchange.timing.load);
+  const offset = Date.now() - plane.now();
+  exchange.trace.load(model, backend, offset + load.from, offset + load.to);
 }
 
 /** What the schedulers look at, as it is now: who joins a flight may change it. */
@@ -210,6 +235,8 @@ function ask(
   });
   const selection = choose(candidates, fleet.creditOf(model.name), options);
   if (selection === null) {
+    const failed = fleet.failedLoad(model);
+    if (failed !== null) throw notLoaded(model.name, failed);
     throw new GatewayError(
       "no_backend_available",
       `no backend with model ${quote(model.name)} is up: ${reasons(exchange, model)}`,
@@ -232,6 +259,7 @@ function ask(
       resolve({ type: "reselect" });
     };
     exchange.own(give);
+    exchange.waitsForLoad = () => place.reason().startsWith("loading ");
     places.set(exchange, { place, leave: () => place.position() >= 0 && give() });
   });
   return { backend: target.backend, reason, place, admission };
@@ -252,6 +280,18 @@ function choose(
   // Where nobody is well nobody waits: one may try.
   const wouldWait = candidates.some((candidate) => isWell(candidate) && candidate.barred !== true);
   return select(elsewhere, credit) ?? (!wouldWait || mayWait() ? select(candidates, credit) : null);
+}
+
+function notLoaded(
+  model: string,
+  { backend, reason, retryAfterMs }: { backend: string; reason: string; retryAfterMs: number },
+): GatewayError {
+  const seconds = Math.ceil(retryAfterMs / 1000);
+  return new GatewayError(
+    "model_load_failed",
+    `model ${quote(model)} could not be loaded on backend ${quote(backend)}, and is tried again in ${seconds} s`,
+    { retryAfterMs, detail: reason },
+  );
 }
 
 function refusal(

@@ -1,7 +1,7 @@
 import { judge, type Fault, type Verdict } from "../core/outcome.ts";
 import { emptyFacts, outputTokens, type AnswerFacts } from "../dialects/dialect.ts";
 import { GatewayError } from "../errors.ts";
-import type { Permit } from "../fleet/fleet.ts";
+import type { Permit } from "../fleet/permit.ts";
 import type { AttemptTrace } from "../telemetry/tracing.ts";
 import type { Attempt } from "./exchange.ts";
 import type { Plane } from "./plane.ts";

@@ -37,6 +37,7 @@ export interface Timing {
   accept?: number;
   cache?: number;
   queue?: number;
+  load?: number;
   retry?: number;
   connect?: number;
   first_token?: number;
@@ -94,6 +95,8 @@ export class Exchange {
   /** An answer in one piece is held up to this, bytes; a larger one is passed on as it comes. */
   holdBytes: number;
   phase: Phase = "queued";
+  /** While it is queued: is its model being loaded? */
+  waitsForLoad: () => boolean = () => false;
   /** The parsed body, until it is known whether its answer may be kept. */
   fields: Record<string, unknown> | null = null;
   view: View | null = null;
@@ -231,7 +234,9 @@ export class Exchange {
   cancel(): void {
     if (this.phase === "streaming" && this.attempt?.facts.ended === true) return this.complete();
     const error = new GatewayError("client_closed_request", "the client left");
-    this.#settle("cancelled", error, this.flight?.phase ?? this.phase, judge("ended"));
+    const { phase, waitsForLoad } = this.flight ?? this;
+    const left = phase === "queued" && waitsForLoad() ? "loading" : phase;
+    this.#settle("cancelled", error, left, judge("ended"));
   }
 
   /**

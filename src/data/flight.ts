@@ -136,6 +136,7 @@ export class Flight {
     member.record.backend_id = record.backend_id;
     member.record.reason = record.reason;
     member.record.queue_ms = record.queue_ms;
+    member.record.load_ms = record.load_ms;
     if (!isOne) return;
     member.record.attempts = record.attempts;
     member.record.tokens_generated = record.tokens_generated;

@@ -351,6 +351,7 @@ const FAULTS = {
 
 const WORDS = {
   queued: "waiting for a slot",
+  loading: "loading the model",
   connecting: "sent to the engine",
   first_token: "the engine is reading the prompt",
   streaming: "the engine is generating",

@@ -1,7 +1,7 @@
 import type { Fault } from "../core/outcome.ts";
 import { backendOf, resolve, type Residency } from "../core/snapshot.ts";
 import { quote, type ErrorCode } from "../errors.ts";
-import type { Permit } from "../fleet/fleet.ts";
+import type { Permit } from "../fleet/permit.ts";
 import type { UpstreamAttempt } from "./attempt.ts";
 import type { Exchange } from "./exchange.ts";
 import type { Plane } from "./plane.ts";
@@ -11,8 +11,6 @@ const BYTES_PER_TOKEN = 4;
 const PROMPT_TOKEN_MS = 1;
 /** So much longer than predicted may it take before that is a fault. */
 const PREFILL_FACTOR = 6;
-/** One load of a model; after that it is no reason to wait any longer. */
-const LOAD_MS = 600_000;
 const LOAD_LOOK_MS = 1000;
 
 type GiveUp = (fault: Fault, code: ErrorCode, message: string) => void;
@@ -90,7 +88,7 @@ function watchFirstByte(
   plane: Plane,
   giveUp: GiveUp,
 ): () => void {
-  const { firstByteMs } = exchange.config.timeouts;
+  const { firstByteMs, loadMs } = exchange.config.timeouts;
   if (firstByteMs === 0) return () => {};
   const isLoaded = () => residencyOf(exchange, plane, attempt.permit) === "loaded";
   const { backend } = attempt.permit.target;
@@ -100,7 +98,7 @@ function watchFirstByte(
   let stop = () => {};
   const look = () => {
     const now = plane.now();
-    const isTooLong = now - attempt.sentAt > LOAD_MS;
+    const isTooLong = now - attempt.sentAt > loadMs;
     if (loadedAt === null && (isTooLong || isLoaded())) loadedAt = now;
     const left = loadedAt === null ? LOAD_LOOK_MS : loadedAt + limit - now;
     // A timer may fire a little early by this clock.

@@ -1,4 +1,4 @@
-import type { Permit } from "../fleet/fleet.ts";
+import type { Permit } from "../fleet/permit.ts";
 import { admit, deadlineOf } from "./admit.ts";
 import { AttemptFailed, UpstreamAttempt } from "./attempt.ts";
 import type { Exchange } from "./exchange.ts";

@@ -1,12 +1,13 @@
 import type { BreakerSettings, BreakerState } from "../core/breaker.ts";
 import { judge, type Verdict } from "../core/outcome.ts";
 import {
-  hasRoom,
   nextOf,
   positionOf,
   step,
   waitFor,
+  waitsFor,
   type Cap,
+  type SchedulerEffect,
   type SchedulerEvent,
   type Ticket,
 } from "../core/scheduler.ts";
@@ -15,53 +16,38 @@ import {
   backendOf,
   type Backend,
   type Model,
+  type Residency,
   type Snapshot,
   type Target,
 } from "../core/snapshot.ts";
 import type { Connection, Engine } from "../engines/engine.ts";
+import { changeModels, type Loaded } from "./change.ts";
 import {
   breakerReport,
   breakersOf,
+  candidateOf,
+  couldServe,
   createLive,
   isBetter,
+  failedLoad,
   keyOf,
+  loadedIn,
+  loadSince,
+  reportsResidency,
+  targetsOf,
+  triedAgainIn,
+  turnReport,
   usageOf,
   type BreakerReport,
+  type FailedLoad,
   type Live,
+  type TurnReport,
   type Usage,
 } from "./live.ts";
-import type { Answered } from "./observed.ts";
+import type { Admission, Permit, Place } from "./permit.ts";
 
 /** How long a backend that said that it is busy gets nothing more, unless a request of it ends before. */
 const HOLD_MS = 1000;
-
-/** The right to one slot, to be given back once. */
-export interface Permit {
-  readonly target: Target;
-  readonly connection: Connection;
-  readonly engine: Engine;
-  /** Idempotent. @param answered what the attempt showed of the backend, where it was made. */
-  release(verdict: Verdict, answered?: Answered): void;
-  /** The answer has begun, and is one: whatever was in doubt here, works. */
-  proved(): void;
-  /** Nothing came in a stream for as long as it may take. */
-  stalled(): void;
-  /** Bytes of an answer arrived at `at`: the backend works, whatever a probe says. */
-  flowed(at: number): void;
-}
-
-export type Admission =
-  | { type: "granted"; permit: Permit }
-  | { type: "reselect" }
-  | { type: "refused"; cause: "full" | "expired"; retryAfterMs: number };
-
-/** A request's place in one backend's queue. */
-export interface Place {
-  /** Requests of the model ahead of it; -1 when it does not wait. */
-  position(): number;
-  /** Gives up the place, and the permit where one was granted meanwhile. Idempotent. */
-  leave(): void;
-}
 
 /** What one model uses over all backends. */
 interface Share {
@@ -87,11 +73,15 @@ export interface FleetOptions {
   random: () => number;
   /** The key of a backend; keys are no part of the snapshot. */
   apiKeyOf: (backend: string) => string | null;
+  /** Looks at a backend now, and applies what it has seen; true when it answered. Never rejects. */
+  look: (connection: Connection, engine: Engine) => Promise<boolean>;
+  /** A load is over. */
+  loaded: (load: Loaded) => void;
 }
 
 /**
  * The live backends. Runs the effects of their schedulers: grants become permits, timers become
- * timers. A backend lives as long as its id, url and kind stay; what runs on one that has gone
+ * timers, loads become calls to engines that no client can end. A backend lives as long as its id, url and kind stay; what runs on one that has gone
  * keeps its counters until it ends.
  */
 export class Fleet {
@@ -105,6 +95,9 @@ export class Fleet {
   #maxLength: number;
   /** Read at every decision: a reload may replace it. */
   breaker: BreakerSettings;
+  #turnMs: number | "auto" = "auto";
+  /** `timeouts.loadMs`, likewise. */
+  loadMs = 600_000;
 
   constructor(options: FleetOptions) {
     this.#options = options;
@@ -117,6 +110,12 @@ export class Fleet {
   set maxLength(maxLength: number) {
     this.#maxLength = maxLength;
     for (const { places } of this.#shares.values()) places.limit = maxLength;
+  }
+
+  /** `queue.turnMs` from now on. */
+  set turnMs(turnMs: number | "auto") {
+    this.#turnMs = turnMs;
+    for (const live of this.#lives.values()) this.#run(live, { type: "turns", turnMs });
   }
 
   /** Takes a new snapshot: new backends come alive, those that went send their queues elsewhere. */
@@ -136,21 +135,11 @@ export class Fleet {
       const hadFailed = live.health === "unhealthy" || live.health === "degraded";
       if (backend.health === "healthy" && hadFailed) live.guard.retryNow(this.#options.now());
       live.health = backend.health;
-      const lanes = snapshot.models.flatMap((model) => {
-        const target = model.targets.find((each) => each.backend === backend.id);
-        if (target === undefined) return [];
-        const { running, places } = this.#share(model.name);
-        return [
-          { model: model.name, slots: target.slots, shared: [running, this.#upstream], places },
-        ];
-      });
-      const concurrency = backend.concurrency ?? Infinity;
-      this.#run(live, { type: "configure", available: !backend.drained, concurrency, lanes });
+      live.targets = targetsOf(snapshot, backend.id);
+      this.#configure(live, backend);
     }
     for (const [id, live] of this.#lives) {
-      if (present.has(id)) continue;
-      this.#lives.delete(id);
-      this.#close(live);
+      if (!present.has(id) && this.#lives.delete(id)) this.#close(live);
     }
     const names = new Set(snapshot.models.map(({ name }) => name));
     for (const [name, { running, places }] of this.#shares) {
@@ -159,6 +148,19 @@ export class Fleet {
     }
     for (const live of turned) this.#run(live, { type: "recall" });
     this.#offer();
+  }
+
+  #configure(live: Live, { health, drained, concurrency }: Backend) {
+    const reports = reportsResidency(live, health);
+    live.loaded = loadedIn(live.targets);
+    const lanes = [...live.targets].map(([model, { slots }]) => {
+      const { running, places } = this.#share(model);
+      const loaded = !reports || live.loaded.has(model);
+      return { model, slots, shared: [running, this.#upstream], places, loaded };
+    });
+    const limits = { available: !drained, concurrency: concurrency ?? Infinity };
+    this.#run(live, { type: "configure", ...limits, lanes });
+    if (reports) this.#run(live, { type: "residency", loaded: live.loaded });
   }
 
   #close(live: Live) {
@@ -174,24 +176,18 @@ export class Fleet {
       const backend = backendOf(snapshot, target.backend);
       const live = this.#lives.get(target.backend);
       if (backend === undefined || live === undefined || backend.drained) return [];
-      const { scheduler, failedAt } = live;
-      const { health, weight } = backend;
-      const free = hasRoom(scheduler, model.name);
-      const load = scheduler.backend.used + scheduler.waiting;
-      const admits = live.guard.admits(model.name, this.breaker, now);
-      // A trial does not wait in a queue.
-      const open = admits === null || (admits === "trial" && !free);
-      return [{ target, health, free, load, weight, failedAt, open, trying: live.trials > 0 }];
+      return [candidateOf(live, backend, target, model.name, this.breaker, now)];
     });
+  }
+
+  /** Of this model's targets the first that is tried again after a load failed; null: none did lately. */
+  failedLoad(model: Model): FailedLoad | null {
+    return failedLoad(this.#lives, model, this.#options.now());
   }
 
   /** In how many milliseconds the first of this model's open targets is tried again; null: none is open. */
   triedAgainIn(model: Model): number | null {
-    const times = model.targets.flatMap(({ backend }) => {
-      const at = this.#lives.get(backend)?.guard.untilAt(model.name) ?? null;
-      return at === null ? [] : [at - this.#options.now()];
-    });
-    return times.length === 0 ? null : Math.max(0, Math.min(...times));
+    return triedAgainIn(this.#lives, model, this.#options.now());
   }
 
   /** What selection among equals of this model remembers. */
@@ -211,7 +207,7 @@ export class Fleet {
     const live = this.#lives.get(target.backend);
     if (live === undefined) {
       decide({ type: "reselect" });
-      return { position: () => -1, leave: () => {} };
+      return { position: () => -1, reason: () => "", leave: () => {} };
     }
     let permit: Permit | null = null;
     const asking: Asking = {
@@ -227,6 +223,7 @@ export class Fleet {
     this.#offer();
     return {
       position: () => positionOf(live.scheduler, ticket),
+      reason: () => waitsFor(live.scheduler, ticket.model),
       leave: () => {
         permit?.release(judge("ended"));
         // The ticket may ask somewhere else by now: that is another place.
@@ -241,6 +238,44 @@ export class Fleet {
   expectedWaitMs(backend: string, model: string): number {
     const live = this.#lives.get(backend);
     return live === undefined ? 1 : waitFor(live.scheduler, model);
+  }
+
+  /** How long the last load of a model there ran within `from` and now, and since when; null: it did not. */
+  loadSince(backend: string, model: string, from: number): { from: number; to: number } | null {
+    return loadSince(this.#lives.get(backend), model, from, this.#options.now());
+  }
+
+  /** Where a model is there, its own loads included; null: as the probes say. */
+  residencyOf(backend: string, model: string): Residency | null {
+    const lane = this.#lives.get(backend)?.scheduler.lanes.get(model);
+    return lane?.stay.residency === "loading" ? "loading" : null;
+  }
+
+  /** Whose turn it is in a backend; null where everything is loaded. */
+  turnOf(backend: string): TurnReport | null {
+    const live = this.#lives.get(backend);
+    return live === undefined ? null : turnReport(live, this.#options.now());
+  }
+
+  /**
+   * Has a model loaded that nobody waits for, where it is not.
+   *
+   * @param mayEvict others go for it, when their turn is over; else only where it fits.
+   * @param backend null: everywhere.
+   */
+  warm(model: string, mayEvict: boolean, backend: string | null = null): void {
+    for (const live of this.#lives.values()) {
+      if (backend !== null && live.id !== backend) continue;
+      this.#run(live, { type: "warm", model, mayEvict });
+    }
+  }
+
+  /** Has a model put out, as soon as nothing runs there. @param backend null: everywhere. */
+  unload(model: string, backend: string | null): void {
+    for (const live of this.#lives.values()) {
+      if ((backend !== null && live.id !== backend) || live.engine.unload === null) continue;
+      this.#run(live, { type: "unload", model });
+    }
   }
 
   /** When bytes of an answer last came from this backend, on the clock of `now`. */
@@ -273,9 +308,12 @@ export class Fleet {
     return [...this.#lives.values()].flatMap(breakersOf);
   }
 
-  /** Ends every timer; nothing may be enqueued afterwards. */
+  /** Ends every timer and load; nothing may be enqueued afterwards. */
   close(): void {
-    for (const live of [...this.#lives.values(), ...this.#leaving]) clearTimeout(live.timer);
+    for (const live of [...this.#lives.values(), ...this.#leaving]) {
+      clearTimeout(live.timer);
+      live.change?.abort(new Error("the gateway ends"));
+    }
   }
 
   #share(model: string): Share {
@@ -302,6 +340,7 @@ export class Fleet {
     if (back !== undefined) this.#leaving.delete(back);
     const fresh = back ?? createLive(backend);
     this.#lives.set(id, fresh);
+    this.#run(fresh, { type: "turns", turnMs: this.#turnMs });
     return fresh;
   }
 
@@ -311,8 +350,10 @@ export class Fleet {
         this.#arm(live, effect.at);
         continue;
       }
-      // Nothing reports residency yet, so everything counts as loaded.
-      if (effect.type === "load") continue;
+      if (effect.type === "load") {
+        void this.#change(live, effect);
+        continue;
+      }
       const asking = this.#asking.get(effect.ticket);
       this.#asking.delete(effect.ticket);
       switch (effect.type) {
@@ -327,12 +368,44 @@ export class Fleet {
           break;
         case "refuse":
         case "expire": {
-          const cause = effect.type === "refuse" ? "full" : "expired";
-          asking?.decide({ type: "refused", cause, retryAfterMs: effect.retryAfterMs });
+          const cause = effect.type === "refuse" ? effect.cause : "expired";
+          // What cannot be loaded here may be loaded elsewhere.
+          if (cause === "load_failed" && this.#isServedElsewhere(live, effect.ticket)) {
+            asking?.decide({ type: "reselect" });
+          } else {
+            asking?.decide({ type: "refused", cause, retryAfterMs: effect.retryAfterMs });
+          }
           break;
         }
       }
     }
+  }
+
+  #isServedElsewhere(live: Live, ticket: Ticket): boolean {
+    const now = this.#options.now();
+    return [...this.#lives.values()].some((other) => {
+      return other !== live && couldServe(other, ticket, this.breaker, now);
+    });
+  }
+
+  /** Runs one change of models to its end, whoever comes or leaves. Never rejects. */
+  async #change(live: Live, effect: Extract<SchedulerEffect, { type: "load" }>): Promise<void> {
+    const { now, loaded: tell } = this.#options;
+    const connection = this.#connection(live);
+    const { load, changed } = await changeModels(live, connection, effect, this.loadMs, now);
+    const { model } = effect;
+    const ms = now() - load.from;
+    if (model !== null) tell({ ...changed, backend: live.id, model, ms });
+    const wasSeen = await this.#options.look(connection, live.engine);
+    load.to = now();
+    const loaded = wasSeen ? live.loaded : null;
+    if (changed.loaded === false) this.#run(live, { type: "loadFailed", loaded });
+    else this.#run(live, { type: "loaded", loadMs: changed.loaded ? ms : null, loaded });
+    this.#offer();
+  }
+
+  #connection({ id, url }: Live): Connection {
+    return { id, url, apiKey: this.#options.apiKeyOf(id) };
   }
 
   #arm(live: Live, at: number) {
@@ -379,7 +452,7 @@ export class Fleet {
     let held = true;
     return {
       target,
-      connection: { id: live.id, url: live.url, apiKey: this.#options.apiKeyOf(live.id) },
+      connection: this.#connection(live),
       engine: live.engine,
       release(verdict, answered) {
         if (!held) return;

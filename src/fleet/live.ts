@@ -1,11 +1,27 @@
 import type { Kind } from "../config.ts";
 import type { BreakerSettings, BreakerState } from "../core/breaker.ts";
-import { createScheduler, hasRoom, type SchedulerState, type Ticket } from "../core/scheduler.ts";
-import type { Backend, Health } from "../core/snapshot.ts";
+import {
+  coolsUntil,
+  createScheduler,
+  hasRoom,
+  isVacant,
+  type SchedulerState,
+  type Ticket,
+} from "../core/scheduler.ts";
+import type { Backend, Health, Model, Snapshot, Target } from "../core/snapshot.ts";
+import type { Candidate } from "../core/select.ts";
+import { turnIn } from "../core/turns.ts";
 import type { Engine } from "../engines/engine.ts";
 import { engineOf } from "../engines/kinds.ts";
 import { Guard } from "./guard.ts";
 import { Observed } from "./observed.ts";
+
+/** A load of a model; while it runs `to` is null. `reason`: why it failed. */
+export interface Load {
+  from: number;
+  to: number | null;
+  reason: string;
+}
 
 /** One backend that requests are sent to: its queue, and what was learned from its traffic. */
 export interface Live {
@@ -24,6 +40,14 @@ export interface Live {
   guard: Guard;
   /** Requests under way that are to show whether it works again. */
   trials: number;
+  /** By public name. */
+  targets: Map<string, Target>;
+  /** Models in memory, as last reported. */
+  loaded: ReadonlySet<string>;
+  /** The last load of each model, from its beginning until it could be used. */
+  loads: Map<string, Load>;
+  /** Ends the change of models under way. */
+  change: AbortController | null;
   timer: ReturnType<typeof setTimeout> | undefined;
 }
 
@@ -46,6 +70,10 @@ export function createLive(backend: Backend): Live {
     observed: new Observed(),
     guard: new Guard(),
     trials: 0,
+    targets: new Map(),
+    loaded: new Set(),
+    loads: new Map(),
+    change: null,
     timer: undefined,
   };
 }
@@ -75,6 +103,116 @@ export function isBetter(
   );
 }
 
+/** Might this backend serve a request whose model could not be loaded at another? */
+export function couldServe(
+  { id, scheduler, health, guard }: Live,
+  { model, barred }: Ticket,
+  settings: BreakerSettings,
+  now: number,
+): boolean {
+  return (
+    scheduler.available &&
+    scheduler.lanes.has(model) &&
+    health !== "unhealthy" &&
+    !barred.has(id) &&
+    guard.admits(model, settings, now) !== null &&
+    coolsUntil(scheduler, model, now) === null
+  );
+}
+
+/** A backend's targets, by the public name of their model. */
+export function targetsOf(snapshot: Snapshot, backend: string): Map<string, Target> {
+  const targets = new Map<string, Target>();
+  for (const model of snapshot.models) {
+    const target = model.targets.find((each) => each.backend === backend);
+    if (target !== undefined) targets.set(model.name, target);
+  }
+  return targets;
+}
+
+/** Models in memory, as the engine told. */
+export function loadedIn(targets: ReadonlyMap<string, Target>): Set<string> {
+  const loaded = new Set<string>();
+  for (const [model, { residency }] of targets) if (residency === "loaded") loaded.add(model);
+  return loaded;
+}
+
+/**
+ * Is what is said of its models' residency to go by? An engine that loads nothing for us has what it
+ * has, and of one that does not answer nobody knows: its requests find out.
+ */
+export function reportsResidency({ engine }: Live, health: Health): boolean {
+  return engine.load !== null && health === "healthy";
+}
+
+/** In how many milliseconds the first of a model's open targets is tried again; null: none is open. */
+export function triedAgainIn(
+  lives: ReadonlyMap<string, Live>,
+  model: Model,
+  now: number,
+): number | null {
+  const times = model.targets.flatMap(({ backend }) => {
+    const at = lives.get(backend)?.guard.untilAt(model.name) ?? null;
+    return at === null ? [] : [at - now];
+  });
+  return times.length === 0 ? null : Math.max(0, Math.min(...times));
+}
+
+/** A target with what selection looks at. */
+export function candidateOf(
+  { scheduler, guard, failedAt, trials }: Live,
+  { health, weight }: Backend,
+  target: Target,
+  model: string,
+  settings: BreakerSettings,
+  now: number,
+): Candidate {
+  const free = hasRoom(scheduler, model);
+  const vacant = free || isVacant(scheduler, model, now);
+  const load = scheduler.backend.used + scheduler.waiting;
+  const admits = guard.admits(model, settings, now);
+  // A trial does not wait in a queue, nor is a load tried again before its time.
+  const cools = coolsUntil(scheduler, model, now) !== null;
+  const open = cools || admits === null || (admits === "trial" && !vacant);
+  return { target, health, free, vacant, load, weight, failedAt, open, trying: trials > 0 };
+}
+
+/** A load that failed lately: why, and in how many milliseconds it is tried again. */
+export interface FailedLoad {
+  backend: string;
+  reason: string;
+  retryAfterMs: number;
+}
+
+/** Of a model's targets the first that is tried again after a load failed; null: none did lately. */
+export function failedLoad(
+  lives: ReadonlyMap<string, Live>,
+  model: Model,
+  now: number,
+): FailedLoad | null {
+  const failed = model.targets.flatMap(({ backend }) => {
+    const live = lives.get(backend);
+    const until = live === undefined ? null : coolsUntil(live.scheduler, model.name, now);
+    if (live === undefined || until === null) return [];
+    const { reason = "" } = live.loads.get(model.name) ?? {};
+    return [{ backend, reason, retryAfterMs: until - now }];
+  });
+  return failed.toSorted((a, b) => a.retryAfterMs - b.retryAfterMs)[0] ?? null;
+}
+
+/** How long the last load of a model ran within `from` and now, and since when; null: it did not. */
+export function loadSince(
+  live: Live | undefined,
+  model: string,
+  from: number,
+  now: number,
+): { from: number; to: number } | null {
+  const load = live?.loads.get(model);
+  if (load === undefined) return null;
+  const span = { from: Math.max(from, load.from), to: load.to ?? now };
+  return span.to > span.from ? span : null;
+}
+
 /** What one backend is doing now. */
 export function usageOf({ id, scheduler, observed }: Live) {
   return {
@@ -95,6 +233,25 @@ export function usageOf({ id, scheduler, observed }: Live) {
 }
 
 export type Usage = ReturnType<typeof usageOf>;
+
+/** Whose turn it is, where not everything is loaded. */
+export interface TurnReport {
+  model: string;
+  /** Unix milliseconds. */
+  sinceAt: number;
+  /** So many start before the turn can end. */
+  gate: number;
+  /** The model that is being loaded, or has been wanted for longest. */
+  next: string | null;
+}
+
+/** @param now on the clock of the scheduler. */
+export function turnReport({ scheduler }: Live, now: number): TurnReport | null {
+  const turn = turnIn(scheduler.turns, scheduler.lanes);
+  if (turn === null) return null;
+  const { model, since, gate, next } = turn;
+  return { model, sinceAt: Math.round(Date.now() + since - now), gate, next };
+}
 
 /** A breaker as it is shown. */
 export interface BreakerReport {

@@ -64,10 +64,10 @@ export function scalarPaths(shape: Shape = configShape, path: string[] = []): st
  */
 export function coerce(path: Path, text: string): string | number | boolean {
   const types = new Set(shapesAt(path).map(({ type }) => type));
-  if (types.has("string")) return text;
-  if (types.has("boolean") && /^(?:true|false)$/i.test(text)) return text.toLowerCase() === "true";
   const isNumber = types.has("number") || types.has("integer");
   if (isNumber && text.trim() !== "" && Number.isFinite(Number(text))) return Number(text);
+  if (types.has("string")) return text;
+  if (types.has("boolean") && /^(?:true|false)$/i.test(text)) return text.toLowerCase() === "true";
   return text;
 }
 

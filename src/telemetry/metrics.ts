@@ -76,6 +76,8 @@ export class Metrics {
   readonly #interToken;
   readonly #duration;
   readonly #queueWait;
+  readonly #loads;
+  readonly #loadTime;
   readonly #reloads;
   readonly #stopWatching: () => void;
 
@@ -126,6 +128,12 @@ export class Metrics {
       "queue_wait_seconds",
       "Waiting for a slot, requests that were admitted",
     );
+    this.#loads = this.#counter("model_loads_total", "Models that the gateway had loaded", [
+      "model",
+      "backend_id",
+      "result",
+    ]);
+    this.#loadTime = this.#histogram("model_load_seconds", "From the call to the loaded model");
     this.#reloads = this.#counter("config_reloads_total", "Reloads of the configuration", [
       "result",
     ]);
@@ -192,6 +200,13 @@ export class Metrics {
     if (record.ttft !== null) this.#ttft.observe(where, record.ttft / 1000);
     if (extras.interTokenMs !== null) this.#interToken.observe(where, extras.interTokenMs / 1000);
     if (extras.dispatched) this.#queueWait.observe(where, record.queue_ms / 1000);
+  }
+
+  /** @param result `success`, `failure`, or `unknown` where the engine did not say */
+  load(model: string, backend: string, result: string, ms: number): void {
+    const where = { model, backend_id: backend };
+    this.#loads.inc({ ...where, result });
+    if (result === "success") this.#loadTime.observe(where, ms / 1000);
   }
 
   /** @param result `hit`, `miss`, `joined`, `bypass` */

@@ -2,7 +2,7 @@
 export type Ending = "completed" | "cancelled" | "failed";
 
 /** Where a request is; the phase a client left in is the cause of its ending. */
-export type Phase = "queued" | "connecting" | "first_token" | "streaming" | "retrying";
+export type Phase = "queued" | "loading" | "connecting" | "first_token" | "streaming" | "retrying";
 
 /**
  * The one record of a request: its log line, and what metrics and span attributes are made of.

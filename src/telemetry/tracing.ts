@@ -34,6 +34,8 @@ export interface RequestTrace {
   attempt(start: AttemptStart): AttemptTrace;
   /** Waiting has begun; call the result when it is over. */
   queue(position: number, reason: string): () => void;
+  /** A load that it has waited for, while it did; Unix milliseconds. */
+  load(model: string, backend: string, from: number, to: number): void;
   event(name: string, attributes?: Attributes): void;
   end(record: RequestRecord): void;
 }
@@ -61,6 +63,7 @@ export const untraced: Tracing = {
       traceId,
       attempt: () => ({ headers: passed, end: () => {} }),
       queue: () => () => {},
+      load: () => {},
       event: () => {},
       end: () => {},
     };
@@ -194,6 +197,10 @@ function traceRequest(
       const attributes = { "tidegate.queue.position": position, "tidegate.queue.reason": reason };
       const queue = tracer.startSpan("queue", { attributes }, context);
       return () => queue.end();
+    },
+    load(model, backend, from, to) {
+      const attributes = { "gen_ai.request.model": model, "tidegate.backend_id": backend };
+      tracer.startSpan("load", { attributes, startTime: from }, context).end(to);
     },
     event: (name, attributes) => void span.addEvent(name, attributes),
     end(record) {

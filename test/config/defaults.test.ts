@@ -18,12 +18,14 @@ const DEFAULTS: Record<string, unknown> = {
   models: {},
   "queue.maxWaitMs": 120_000,
   "queue.maxLength": 512,
+  "queue.turnMs": "auto",
   "queue.heartbeatMs": 15_000,
   "timeouts.connectMs": 5000,
   "timeouts.firstByteMs": 300_000,
   "timeouts.idleMs": 120_000,
   "timeouts.clientMs": 60_000,
   "timeouts.totalMs": 0,
+  "timeouts.loadMs": 600_000,
   "limits.bodyBytes": 32 * MIB,
   "limits.heldBytes": 256 * MIB,
   "limits.bufferBytes": 8 * MIB,
@@ -105,7 +107,9 @@ describe("defaults", () => {
   });
 
   it("give a model no alias", () => {
-    assert.deepEqual(accepted({ models: { m: {} } })["models"], { m: { aliases: [] } });
+    assert.deepEqual(accepted({ models: { m: {} } })["models"], {
+      m: { aliases: [], warm: false },
+    });
   });
 
   it("give a tenant every model, the usual priority and no limit", () => {
@@ -146,6 +150,7 @@ describe("values", () => {
     ["server.allowedOrigins", ["*"]],
     ["queue.maxWaitMs", 0, big],
     ["queue.maxLength", 1, big],
+    ["queue.turnMs", "auto", 0, 1],
     ["queue.heartbeatMs", 0],
     ["timeouts.firstByteMs", 0, big],
     ["timeouts.idleMs", 0],
@@ -186,6 +191,8 @@ describe("values", () => {
     ["server.allowedHosts", "box", [1]],
     ["queue.maxWaitMs", -1, 0.5, "120s"],
     ["queue.maxLength", 0],
+    ["queue.turnMs", -1, "60s", "AUTO"],
+    ["timeouts.loadMs", 0],
     ["timeouts.connectMs", 0],
     ["timeouts.idleMs", -1],
     ["limits.bodyBytes", 0, "32 MiB"],

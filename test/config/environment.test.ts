@@ -46,7 +46,8 @@ function exampleFor(path: readonly string[], shape: Shape): Example {
     const value = shape.default === false;
     return { text: String(value), value, other: !value, bad: "yes" };
   }
-  if (shape.type === "integer") return { text: "4321", value: 4321, other: 1234, bad: "12s" };
+  const isInteger = (shape.anyOf ?? [shape]).some(({ type }) => type === "integer");
+  if (isInteger) return { text: "4321", value: 4321, other: 1234, bad: "12s" };
   if (shape.type === "number") return { text: "0.25", value: 0.25, other: 0.75, bad: "half" };
   const isUrl = (shape as { format?: string }).format === "uri";
   if (isUrl && path[0] === "redis") {

@@ -103,9 +103,6 @@ describe("unknown keys", () => {
 describe("keys of a later version", () => {
   const later: [string, object][] = [
     ["backends[0].gpu", { backends: [{ ...two[0], gpu: "0" }] }],
-    ["models.m.warm", { models: { m: { warm: true } } }],
-    ["queue.turnMs", { queue: { turnMs: "auto" } }],
-    ["timeouts.loadMs", { timeouts: { loadMs: 1 } }],
     ["telemetry.slowMs", { telemetry: { slowMs: 1 } }],
   ];
   for (const [path, raw] of later) {

@@ -32,6 +32,7 @@ describe("the file of the starting document", () => {
       fallback: "mistral:7b",
       concurrency: 4,
       maxOutputTokens: 4096,
+      warm: false,
     });
     assert.deepEqual([config.server.host, config.server.port], ["0.0.0.0", 4000]);
     assert.deepEqual(notes, LATER);

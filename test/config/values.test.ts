@@ -68,6 +68,7 @@ describe("values", () => {
       [
         "queue.maxWaitMs = 2 (environment)",
         "queue.maxLength = 1 (flag)",
+        'queue.turnMs = "auto" (default)',
         "queue.heartbeatMs = 3 (file)",
       ],
     );

@@ -226,6 +226,8 @@ describe("queue: limits of time and of a model", () => {
   it("an Ollama has one slot per model unless told otherwise", TIMEOUT, async () => {
     const fleet = await startFleet({ o: { kind: "ollama", models: ["x:1", "y:1"] } });
     try {
+      // Each beside the other once: then it is known that both fit.
+      for (const model of ["x:1", "y:1"]) await openaiChat(fleet.url, { model });
       fleet.engines.o.behave({ headersDelayMs: 80 });
       const watch = watchPeak(fleet.engines.o);
       await Promise.all(["x:1", "x:1", "x:1"].map((model) => openaiChat(fleet.url, { model })));

@@ -15,6 +15,7 @@ import { startRig, type KeyTests, type Rig } from "./keys/rig.ts";
 import { serverKeys } from "./keys/server.ts";
 import { capKeys, tenantKeys } from "./keys/tenants.ts";
 import { tokenKeys } from "./keys/tokens.ts";
+import { turnKeys } from "./keys/turns.ts";
 
 const TIMEOUT = { timeout: 20_000 };
 
@@ -29,6 +30,7 @@ const groups: Record<string, KeyTests> = {
   redis: redisKeys,
   queue: queueKeys,
   timeouts: timeoutKeys,
+  turns: turnKeys,
   limits: limitKeys,
   drain: drainKeys,
   "the circuit breaker": breakerKeys,

@@ -67,7 +67,8 @@ export class TurnWorld {
       loaded: this.loaded.has(model),
     }));
     const { turnMs } = setting;
-    this.#send({ type: "configure", available: true, concurrency: Infinity, lanes, turnMs });
+    this.#send({ type: "configure", available: true, concurrency: Infinity, lanes });
+    this.#send({ type: "turns", turnMs });
     this.#send({ type: "residency", loaded: new Set(this.loaded) });
   }
 

@@ -200,6 +200,8 @@ describe("the data plane in virtual time", () => {
       breaker: config.circuitBreaker,
       random: () => random.next(),
       apiKeyOf: () => null,
+      look: () => Promise.resolve(false),
+      loaded: () => {},
     });
     fleet.apply(snapshot);
     const records: string[] = [];

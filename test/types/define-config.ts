@@ -160,7 +160,7 @@ defineConfig({ metrics: { labels: ["user"] } });
 defineConfig({ auth: { keys: ["secret"] } });
 
 // @ts-expect-error -- a key of a later version
-defineConfig({ queue: { turnMs: "auto" } });
+defineConfig({ telemetry: { slowMs: 1 } });
 
 // @ts-expect-error -- no such priority
 defineConfig({ tenants: { team: { priority: "high" } } });

@@ -59,6 +59,8 @@ class House {
       breaker: config.circuitBreaker,
       random: () => 0,
       apiKeyOf: () => null,
+      look: () => Promise.resolve(false),
+      loaded: () => {},
     });
     this.snapshot = snapshotOf(models, more);
     this.fleet.apply(this.snapshot);

@@ -5,7 +5,7 @@ import { judge, SUCCESS, type Verdict } from "../../src/core/outcome.ts";
 import { UpstreamAttempt } from "../../src/data/attempt.ts";
 import type { Plane } from "../../src/data/plane.ts";
 import type { AnswerFacts } from "../../src/dialects/dialect.ts";
-import type { Permit } from "../../src/fleet/fleet.ts";
+import type { Permit } from "../../src/fleet/permit.ts";
 import type { Answered } from "../../src/fleet/observed.ts";
 import { aTarget } from "../support/snapshot.ts";
 

@@ -8,7 +8,8 @@ import { judge, SUCCESS, type Fault, type Verdict } from "../../src/core/outcome
 import type { Ticket } from "../../src/core/scheduler.ts";
 import { select } from "../../src/core/select.ts";
 import type { Backend, Health, Snapshot } from "../../src/core/snapshot.ts";
-import { Fleet, type Admission, type Permit, type Place } from "../../src/fleet/fleet.ts";
+import { Fleet } from "../../src/fleet/fleet.ts";
+import type { Admission, Permit, Place } from "../../src/fleet/permit.ts";
 import { aBackend, aModel, aSnapshot, aTarget } from "../support/snapshot.ts";
 
 /** Of the backend as a whole. */
@@ -60,6 +61,8 @@ class World {
       breaker,
       random: () => 0,
       apiKeyOf: (id) => (id === "a" ? "key of a" : null),
+      look: () => Promise.resolve(false),
+      loaded: () => {},
     });
     this.fleet.apply(this.snapshot);
   }
@@ -614,6 +617,7 @@ describe("candidates", () => {
     assert.deepEqual(a, {
       health: "healthy",
       free: true,
+      vacant: true,
       load: 3,
       weight: 3,
       failedAt: null,
@@ -693,6 +697,8 @@ describe("another configuration", () => {
       breaker: BREAKER,
       random: () => 0,
       apiKeyOf: () => apiKey,
+      look: () => Promise.resolve(false),
+      loaded: () => {},
     });
     fleet.apply(snapshot);
     const permits: Permit[] = [];
