@@ -16,7 +16,7 @@ export interface Peer {
 
 const idParam = z.object({ id: z.string().min(1) });
 const modelParam = z.object({ model: z.string().min(1) });
-const placeBody = z.object({ backend: z.string().optional() }).catch({});
+const placeBody = z.object({ backend: z.string().optional() });
 const reloadQuery = z.object({ dry_run: z.enum(["true", "false"]).optional() });
 
 /** Lets nobody past but operators; where the admin side is switched off nobody at all. */
@@ -61,7 +61,11 @@ export function adminApi(operations: Operations): Hono<{ Bindings: Peer }> {
       zValidator("param", modelParam, refuseInvalid),
       async (context) => {
         const { model } = context.req.valid("param");
-        const { backend = null } = placeBody.parse(await context.req.json().catch(() => ({})));
+        const asked = placeBody.safeParse(
+          (await context.req.text()) === "" ? {} : await bodyOf(context),
+        );
+        refuseInvalid(asked);
+        const backend = asked.data?.backend ?? null;
         if (!operations.snapshot().models.some(({ name }) => name === model)) {
           throw new GatewayError("model_not_found", `there is no model ${quote(model)}`);
         }
@@ -89,7 +93,7 @@ async function bodyOf(context: Context): Promise<unknown> {
   try {
     return await context.req.json();
   } catch {
-    throw new GatewayError("invalid_json", "the body has to be a configuration as JSON");
+    throw new GatewayError("invalid_json", "the body has to be JSON");
   }
 }
 
