@@ -96,11 +96,11 @@ async function start(
   let output = "";
   child.stdout.on(
     "data",
-    (bytes: Buffer) => (output = (output + bytes.toString()).slice(-200_000)),
+    (bytes: Buffer) => (output = (output + bytes.toString()).slice(-4_000_000)),
   );
   child.stderr.on(
     "data",
-    (bytes: Buffer) => (output = (output + bytes.toString()).slice(-200_000)),
+    (bytes: Buffer) => (output = (output + bytes.toString()).slice(-4_000_000)),
   );
   let isOver = false;
   const exited = new Promise<void>((resolve) => {
@@ -141,7 +141,7 @@ async function isUp(url: string): Promise<boolean> {
 }
 
 /** Ollama with `smol-a`, `smol-b` and `minilm`, one request at a time, two models at once. */
-export async function startOllama(wantedPort?: number): Promise<Service> {
+export async function startOllama(wantedPort?: number, modelsAtOnce = 2): Promise<Service> {
   const [free = 0] = await freePorts(1);
   const port = wantedPort ?? free;
   return start(
@@ -152,7 +152,7 @@ export async function startOllama(wantedPort?: number): Promise<Service> {
       OLLAMA_MODELS: join(CACHE, "ollama-models"),
       OLLAMA_NOPRUNE: "1",
       OLLAMA_NO_CLOUD: "1",
-      OLLAMA_MAX_LOADED_MODELS: "2",
+      OLLAMA_MAX_LOADED_MODELS: String(modelsAtOnce),
       OLLAMA_NUM_PARALLEL: "1",
       OLLAMA_CONTEXT_LENGTH: "2048",
     },
