@@ -190,7 +190,7 @@ describe("health", () => {
     }
   });
 
-  it("a backend's URL may end in /v1, in a slash, in both", TIMEOUT, async () => {
+  it("a backend's URL may end in /v1, in a slash, in both", { timeout: 60_000 }, async () => {
     for (const suffix of ["", "/", "/v1", "/v1/"]) {
       for (const kind of ["openai", "ollama"] as const) {
         const engine = await startEngine({ kind, models: ["m:1"] });

@@ -339,7 +339,7 @@ describe("fake engine: lmstudio", () => {
   });
 
   it("gives every loaded model its own slots", TIMEOUT, async () => {
-    engine.behave({ slots: 1, maxLoaded: 2, headersDelayMs: 60 });
+    engine.behave({ slots: 1, maxLoaded: 2, headersDelayMs: 600 });
     const both = [chat("qwen"), chat("phi")];
     assert.ok(await until(() => engine.activeGenerations() === 2));
     const client = await connect(engine.port);
