@@ -1,14 +1,16 @@
 /**
  * A real Ollama with room for one model, direct and through the gateway: how often it loads, and how long
- * everything takes (algorithms.md §2.4, the runs b, c and d).
+ * everything takes (algorithms.md §2.4, the runs b, c and d). `TIDEGATE_ALONE=1` runs it.
  */
 import assert from "node:assert/strict";
+import process from "node:process";
 import test from "node:test";
 import { openaiChat, sleep, until } from "../support/client.ts";
 import { startGateway, type Gateway } from "../support/gateway.ts";
 import { missing, startOllama, type Service } from "./support.ts";
 
-const skip = missing("ollama");
+/** It measures times, two minutes long: beside other tests it would measure those. */
+const skip = process.env.TIDEGATE_ALONE === "1" ? missing("ollama") : "needs TIDEGATE_ALONE=1";
 
 /** One for every load of a model in Ollama's log. */
 const LOAD = /msg="starting llama-server"/g;

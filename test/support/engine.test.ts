@@ -162,7 +162,7 @@ describe("fake engine: ollama", () => {
   });
 
   it("loads one model at a time, and a client that leaves aborts the load", TIMEOUT, async () => {
-    engine.behave({ maxLoaded: 1, loadMs: 60 });
+    engine.behave({ maxLoaded: 1, loadMs: 500 });
     await openaiChat(engine.url, user("llama3:8b"));
     const client = await connect(engine.port);
     client.write(postBytes("/v1/chat/completions", user("mistral:7b")));
