@@ -1,4 +1,5 @@
 import { z } from "zod";
+import { CLASSES } from "./core/fairness.ts";
 
 /** Durations are milliseconds, sizes bytes. `0` switches a limit off where the key says so. */
 const ms = z.number().int().min(0);
@@ -152,9 +153,6 @@ const tokenIssuer = z.strictObject({
     .describe("The claim that names the tenant; dots lead into objects."),
 });
 
-const PRIORITIES = ["interactive", "default", "batch"] as const;
-export type Priority = (typeof PRIORITIES)[number];
-
 const budget = z.strictObject({
   tokens: count.describe("Prompt and answer together."),
   window: z
@@ -169,7 +167,7 @@ const budget = z.strictObject({
 const tenant = z.strictObject({
   weight: z.number().positive().default(1).describe("Its share where tenants wait for the same."),
   priority: z
-    .enum(PRIORITIES)
+    .enum(CLASSES)
     .default("default")
     .describe("Who is served first; a request may lower its own by `x-tidegate-priority`."),
   models: z

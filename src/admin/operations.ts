@@ -1,8 +1,9 @@
 import type { BackendAction, Control } from "../control/control.ts";
 import type { Difference, LastReload, Reloader } from "../control/reload.ts";
 import type { Backend, Residency, Snapshot } from "../core/snapshot.ts";
-import { tenantOf, type Priority } from "../config.ts";
+import { tenantOf } from "../config.ts";
 import { limitsOf } from "../core/budget.ts";
+import type { Priority } from "../core/fairness.ts";
 import type { Fleet } from "../fleet/fleet.ts";
 import type { BreakerReport, TurnReport } from "../fleet/live.ts";
 import type { BudgetReport, Ledger } from "../stores/ledger.ts";
@@ -102,8 +103,8 @@ export class Operations {
     const models = snapshot.models.map((model) => {
       const targets = model.targets.map((target) => {
         // A load of our own is known here first, and of some engines nowhere else.
-        const own = this.#fleet.residencyOf(target.backend, model.name);
-        return own === null ? target : { ...target, residency: own };
+        const isLoading = this.#fleet.isLoading(target.backend, model.name);
+        return isLoading ? { ...target, residency: "loading" as const } : target;
       });
       return { ...model, targets };
     });

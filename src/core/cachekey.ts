@@ -1,3 +1,4 @@
+import { isRecord } from "./is-record.ts";
 import type { Target } from "./snapshot.ts";
 import { skipString } from "./splice.ts";
 
@@ -40,10 +41,6 @@ const MAX_AGE_S = 2 ** 31;
 const CLIENT_TOOLS: ReadonlySet<unknown> = new Set([undefined, "function", "custom"]);
 
 const decoder = new TextDecoder();
-
-function isRecord(value: unknown): value is Record<string, unknown> {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
-}
 
 /**
  * The fields of a request that decide its answer, in a form that is the same for the same values,

@@ -1,3 +1,5 @@
+import { isRecord } from "./is-record.ts";
+
 /** The vector of one input, as it is kept. */
 export interface Vector {
   /** 32-bit floats, little endian: as base64 they are what clients ask for most. */
@@ -85,10 +87,6 @@ export function readVectors(answer: unknown, batch: readonly string[]): Vector[]
   const model = typeof answer["model"] === "string" ? answer["model"] : "";
   const shares = shareOut(promptTokens(answer["usage"]), batch);
   return found.map((bytes, index) => ({ bytes, tokens: shares[index] ?? 0, model }));
-}
-
-function isRecord(value: unknown): value is Record<string, unknown> {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
 function promptTokens(usage: unknown): number {

@@ -259,7 +259,6 @@ function ask(
       resolve({ type: "reselect" });
     };
     exchange.own(give);
-    exchange.waitsForLoad = () => place.reason().startsWith("loading ");
     places.set(exchange, { place, leave: () => place.position() >= 0 && give() });
   });
   return { backend: target.backend, reason, place, admission };

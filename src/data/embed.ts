@@ -137,8 +137,7 @@ export class Embedding {
     if (original !== null && !untouched) worker.body = withInputs(original, batch);
     const reply = await attempts(worker, this.#plane);
     worker.body = original;
-    const answer: unknown = JSON.parse(new TextDecoder().decode(reply.head));
-    const vectors = readVectors(answer, batch);
+    const vectors = readVectors(reply.json, batch);
     // What cannot be taken apart (a vector per token, say) is still what the client asked for.
     if (typeof vectors === "string" && untouched) return reply.head;
     if (typeof vectors === "string") throw invalid(worker, vectors);
@@ -148,7 +147,7 @@ export class Embedding {
       if (vector !== undefined) this.#keep(input, vector);
     }
     // Some engines know one way only.
-    return encodingIn(answer) === this.#asked.encoding ? reply.head : null;
+    return encodingIn(reply.json) === this.#asked.encoding ? reply.head : null;
   }
 
   #keep(input: string, vector: Vector) {

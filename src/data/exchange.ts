@@ -1,5 +1,6 @@
-import { tenantOf, type Config, type Priority, type TenantConfig } from "../config.ts";
+import { tenantOf, type Config, type TenantConfig } from "../config.ts";
 import type { PromptSize } from "../core/estimate.ts";
+import { CLASSES, type Priority } from "../core/fairness.ts";
 import { judge, SUCCESS, type Fault, type Verdict } from "../core/outcome.ts";
 import { visibleTo, type Snapshot } from "../core/snapshot.ts";
 import { anthropic } from "../dialects/anthropic.ts";
@@ -44,11 +45,9 @@ export interface Timing {
   generate?: number;
 }
 
-const PRIORITIES: readonly Priority[] = ["interactive", "default", "batch"];
-
 /** The one that is served first. */
 export function sooner(a: Priority, b: Priority): Priority {
-  return PRIORITIES.indexOf(a) <= PRIORITIES.indexOf(b) ? a : b;
+  return CLASSES.indexOf(a) <= CLASSES.indexOf(b) ? a : b;
 }
 
 /**
@@ -95,8 +94,6 @@ export class Exchange {
   /** An answer in one piece is held up to this, bytes; a larger one is passed on as it comes. */
   holdBytes: number;
   phase: Phase = "queued";
-  /** While it is queued: is its model being loaded? */
-  waitsForLoad: () => boolean = () => false;
   /** The parsed body, until it is known whether its answer may be kept. */
   fields: Record<string, unknown> | null = null;
   view: View | null = null;
@@ -166,9 +163,9 @@ export class Exchange {
     this.priority = this.policy.priority;
     const asked = this.headers.get("x-tidegate-priority");
     if (asked !== null) {
-      const lowered = PRIORITIES.find((each) => each === asked.toLowerCase());
+      const lowered = CLASSES.find((each) => each === asked.toLowerCase());
       if (lowered === undefined) {
-        const message = `x-tidegate-priority ${quote(asked)} is none of ${PRIORITIES.join(", ")}`;
+        const message = `x-tidegate-priority ${quote(asked)} is none of ${CLASSES.join(", ")}`;
         throw new GatewayError("invalid_parameter", message, { param: "x-tidegate-priority" });
       }
       if (sooner(this.priority, lowered) === this.priority) this.priority = lowered;
@@ -234,9 +231,11 @@ export class Exchange {
   cancel(): void {
     if (this.phase === "streaming" && this.attempt?.facts.ended === true) return this.complete();
     const error = new GatewayError("client_closed_request", "the client left");
-    const { phase, waitsForLoad } = this.flight ?? this;
-    const left = phase === "queued" && waitsForLoad() ? "loading" : phase;
-    this.#settle("cancelled", error, left, judge("ended"));
+    const { phase, record } = this.flight ?? this;
+    const { backend_id, model } = record;
+    const isLoading =
+      phase === "queued" && this.#plane.fleet.isLoading(backend_id ?? "", model ?? "");
+    this.#settle("cancelled", error, isLoading ? "loading" : phase, judge("ended"));
   }
 
   /**

@@ -15,6 +15,8 @@ export interface Reply {
   head: Uint8Array;
   /** `head` is not all: the attempt's reader has the rest. */
   more: boolean;
+  /** `head` parsed, where it is a whole answer. */
+  json?: unknown;
   attempt: UpstreamAttempt;
 }
 
@@ -202,11 +204,12 @@ export async function readWhole(
   attempt.drained();
   exchange.timing.generate = plane.now() - headersAt;
   const head = concat(parts);
-  judgeWhole(exchange, attempt, head);
-  return { contentType, cacheControl, head, more: false, attempt };
+  const json = judgeWhole(exchange, attempt, head);
+  return { contentType, cacheControl, head, more: false, json, attempt };
 }
 
-function judgeWhole(exchange: Exchange, attempt: UpstreamAttempt, bytes: Uint8Array) {
+/** @returns the answer, parsed. */
+function judgeWhole(exchange: Exchange, attempt: UpstreamAttempt, bytes: Uint8Array): unknown {
   const { backend } = attempt.permit.target;
   const text = new TextDecoder().decode(bytes);
   let parsed: unknown;
@@ -218,8 +221,8 @@ function judgeWhole(exchange: Exchange, attempt: UpstreamAttempt, bytes: Uint8Ar
     if (cut) throw incomplete(backend, `${text.length} characters`);
     throw invalid(backend, "something that is not JSON", text);
   }
-  if (isRecord(parsed) && exchange.endpoint.readWhole(parsed, attempt.facts)) return;
-  if (Array.isArray(parsed) && exchange.endpoint.takesList === true) return;
+  if (isRecord(parsed) && exchange.endpoint.readWhole(parsed, attempt.facts)) return parsed;
+  if (Array.isArray(parsed) && exchange.endpoint.takesList === true) return parsed;
   const inner = isRecord(parsed) ? parsed["error"] : undefined;
   if (isRecord(inner)) throw errorInside(backend, errorWords(inner) ?? "no words");
   throw (

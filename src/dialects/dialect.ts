@@ -1,5 +1,8 @@
 import { z } from "zod";
+import { isRecord } from "../core/is-record.ts";
 import { GatewayError } from "../errors.ts";
+
+export { isRecord };
 
 /** Tokens as the engine counts them. */
 export interface Usage {
@@ -186,10 +189,6 @@ function invalidParameter(error: z.core.$ZodError): GatewayError {
  */
 export function refuseInvalid(result: { success: boolean; error?: z.core.$ZodError }): void {
   if (!result.success && result.error !== undefined) throw invalidParameter(result.error);
-}
-
-export function isRecord(value: unknown): value is Record<string, unknown> {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
 /** A finite number, or null. */

@@ -16,7 +16,6 @@ import {
   backendOf,
   type Backend,
   type Model,
-  type Residency,
   type Snapshot,
   type Target,
 } from "../core/snapshot.ts";
@@ -245,10 +244,10 @@ export class Fleet {
     return loadSince(this.#lives.get(backend), model, from, this.#options.now());
   }
 
-  /** Where a model is there, its own loads included; null: as the probes say. */
-  residencyOf(backend: string, model: string): Residency | null {
+  /** Is a load of this model of our own under way there? */
+  isLoading(backend: string, model: string): boolean {
     const lane = this.#lives.get(backend)?.scheduler.lanes.get(model);
-    return lane?.stay.residency === "loading" ? "loading" : null;
+    return lane?.stay.residency === "loading";
   }
 
   /** Whose turn it is in a backend; null where everything is loaded. */
