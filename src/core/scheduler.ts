@@ -1,22 +1,16 @@
+import { choose, claimsIn, createLine, end, join, leave, loserTo, start } from "./fairness.ts";
 import {
-  choose,
-  claimsIn,
-  createLine,
-  end,
-  headOf,
-  join,
-  leave,
-  loserTo,
-  positionIn,
-  start,
-  type Claim,
-  type Line,
-} from "./fairness.ts";
+  mayStart,
+  nextOf,
+  waitOf,
+  type Cap,
+  type Lane,
+  type SchedulerState,
+  type Ticket,
+} from "./lanes.ts";
 import {
   beginChange,
   createStay,
-  createTurns,
-  expectedLoadMs,
   failChange,
   finishChange,
   isCooling,
@@ -25,54 +19,7 @@ import {
   planTurn,
   refresh,
   reportResidency,
-  type Stay,
-  type Turns,
 } from "./turns.ts";
-
-/** Something of which only so much may be in use: slots, a backend's sum, places in a queue. */
-export interface Cap {
-  limit: number;
-  used: number;
-}
-
-/** One request that asks for a slot. Times are milliseconds of one monotonic clock. */
-export interface Ticket extends Claim {
-  readonly id: string;
-  readonly model: string;
-  /** When waiting has become pointless. */
-  readonly deadlineAt: number;
-  /** Backends it may not go to: they have failed it, or do not speak its path. */
-  readonly barred: ReadonlySet<string>;
-}
-
-/** The requests of one model in one backend. */
-interface Lane {
-  slots: Cap;
-  /** Caps that reach beyond this backend: the model's, the process's. Shared with other schedulers. */
-  shared: readonly Cap[];
-  /** Places in the queue of this model, over all backends. Shared likewise. */
-  places: Cap;
-  line: Line<Ticket>;
-  /** Moving average of how long a request holds its slot, null until one has ended. */
-  serviceMs: number | null;
-  /** Whether its model is loaded, and how long it stays. */
-  stay: Stay;
-}
-
-/** Everything the scheduler of one backend knows. Changed in place by `step`, by nothing else. */
-export interface SchedulerState {
-  /** False while nobody may start here: drained, removed, or unhealthy. */
-  available: boolean;
-  backend: Cap;
-  lanes: Map<string, Lane>;
-  waiting: number;
-  /** Starts since the last one that went to a lower class for its age. */
-  passed: number;
-  /** The engine said that it is busy: nobody starts until then, or until somebody ends. */
-  heldUntil: number | null;
-  /** Which models are served, where not all of them fit. */
-  turns: Turns;
-}
 
 export interface LanePlan {
   model: string;
@@ -138,21 +85,7 @@ export type SchedulerEffect =
   /** Send a `timer` event then. Replaces an earlier one. */
   | { type: "timer"; at: number };
 
-/** A service time nobody has measured yet. */
-const UNMEASURED_SERVICE_MS = 10_000;
 const SERVICE_WEIGHT = 0.2;
-
-export function createScheduler(): SchedulerState {
-  return {
-    available: true,
-    backend: { limit: Infinity, used: 0 },
-    lanes: new Map(),
-    waiting: 0,
-    passed: 0,
-    heldUntil: null,
-    turns: createTurns(),
-  };
-}
 
 /**
  * Decides what one event means for the requests of one backend: a bounded queue per model, in fair
@@ -224,65 +157,6 @@ export function step(state: SchedulerState, event: SchedulerEvent, now: number):
       break;
   }
   return effects;
-}
-
-/** Would a request of this model start at once here? */
-export function hasRoom(state: SchedulerState, model: string): boolean {
-  const lane = state.lanes.get(model);
-  return lane !== undefined && lane.line.waiting === 0 && mayStart(state, lane);
-}
-
-/** Would it, once its model is loaded, which has not just failed? */
-export function isVacant(state: SchedulerState, model: string, now: number): boolean {
-  const lane = state.lanes.get(model);
-  if (lane === undefined || isCooling(lane, now)) return false;
-  return lane.line.waiting === 0 && hasSlot(state, lane);
-}
-
-/** Until when this model is left alone because a load failed; null: it is not. */
-export function coolsUntil(state: SchedulerState, model: string, now: number): number | null {
-  const lane = state.lanes.get(model);
-  return lane !== undefined && isCooling(lane, now) ? lane.stay.retryAt : null;
-}
-
-/** What a request of this model that does not start waits for, in words for people. */
-export function waitsFor(state: SchedulerState, model: string): string {
-  const { residency = "loaded", closing = false } = state.lanes.get(model)?.stay ?? {};
-  if (residency === "loading") return `loading ${model}`;
-  return residency === "cold" || closing ? `waiting for ${model}'s turn` : "waiting for a slot";
-}
-
-/** Requests of this model that start here before the ticket; -1 when it does not wait here. */
-export function positionOf(state: SchedulerState, ticket: Ticket): number {
-  const lane = state.lanes.get(ticket.model);
-  return lane === undefined ? -1 : positionIn(lane.line, ticket);
-}
-
-/** How long a request of this model that came now would wait here, milliseconds, from what was measured. */
-export function waitFor(state: SchedulerState, model: string): number {
-  const lane = state.lanes.get(model);
-  return lane === undefined ? 1 : waitOf(state, lane);
-}
-
-/** Of those who wait for this model here, the next. */
-export function nextOf(state: SchedulerState, model: string): Ticket | undefined {
-  const lane = state.lanes.get(model);
-  return lane === undefined ? undefined : headOf(lane.line);
-}
-
-function mayStart(state: SchedulerState, lane: Lane): boolean {
-  const { residency, closing } = lane.stay;
-  return residency === "loaded" && !closing && hasSlot(state, lane);
-}
-
-function hasSlot(state: SchedulerState, lane: Lane): boolean {
-  return (
-    state.available &&
-    state.heldUntil === null &&
-    lane.slots.used < lane.slots.limit &&
-    state.backend.used < state.backend.limit &&
-    lane.shared.every((cap) => cap.used < cap.limit)
-  );
 }
 
 function grant(state: SchedulerState, lane: Lane, ticket: Ticket, effects: SchedulerEffect[]) {
@@ -481,11 +355,4 @@ function arm(state: SchedulerState, effects: SchedulerEffect[]) {
     for (const { deadlineAt } of claimsIn(lane.line)) at = Math.min(at, deadlineAt);
   }
   if (at < Infinity) effects.push({ type: "timer", at });
-}
-
-/** How long a request that came now would wait, from what was measured. */
-function waitOf(state: SchedulerState, lane: Lane): number {
-  const perSlot = (lane.line.waiting + 1) / Math.max(1, lane.slots.limit);
-  const loadMs = lane.stay.residency === "loaded" ? 0 : expectedLoadMs(lane, state.lanes.values());
-  return Math.max(1, Math.ceil(loadMs + perSlot * (lane.serviceMs ?? UNMEASURED_SERVICE_MS)));
 }

@@ -1,4 +1,14 @@
 import { bestRankIn, claimsIn, headOf, rankOf, type Claim, type Line } from "./fairness.ts";
+import {
+  areApart,
+  createFit,
+  includes,
+  placing,
+  seenApart,
+  seenTogether,
+  type Fit,
+  type Placing,
+} from "./fit.ts";
 import type { Residency } from "./snapshot.ts";
 
 /** Where one model of a backend is, and how its turn stands. Times are milliseconds. */
@@ -43,7 +53,7 @@ export interface Change {
   startedAt: number;
 }
 
-/** Whose turn it is in one backend, and what was learned of what fits there together. */
+/** Whose turn it is in one backend. */
 export interface Turns {
   turnMs: number | "auto";
   /** Something is not loaded, or is to go: until then nothing here matters. */
@@ -51,10 +61,7 @@ export interface Turns {
   change: Change | null;
   /** When the next turn can end, Infinity where only events can end one. */
   wakeAt: number;
-  /** Models that have been seen loaded at once. */
-  together: ReadonlySet<string>[];
-  /** Models of which one had gone when the last of them was loaded, and when that was. */
-  apart: { models: ReadonlySet<string>; at: number }[];
+  fit: Fit;
 }
 
 /** Design §4: what a change of turn costs, and twelve times that to work in between. */
@@ -70,9 +77,6 @@ const LOAD_WEIGHT = 0.3;
 const UNMEASURED_LOAD_MS = 10_000;
 const COOL_DOWN_MS = 10_000;
 const LONGEST_COOL_DOWN_MS = 80_000;
-/** A model may have gone for another reason (Ollama's keep_alive): then it is tried again. */
-const APART_MS = 3_600_000;
-const MOST_LEARNED = 32;
 
 export function createTurns(): Turns {
   return {
@@ -80,8 +84,7 @@ export function createTurns(): Turns {
     active: false,
     change: null,
     wakeAt: Infinity,
-    together: [],
-    apart: [],
+    fit: createFit(),
   };
 }
 
@@ -138,51 +141,10 @@ export function isCooling({ stay }: Contender, now: number): boolean {
   return stay.residency !== "loaded" && stay.retryAt > now;
 }
 
-function includes(all: ReadonlySet<string>, some: Iterable<string>): boolean {
-  for (const each of some) if (!all.has(each)) return false;
-  return true;
-}
-
 function residents(lanes: ReadonlyMap<string, Contender>): Set<string> {
   const names = new Set<string>();
   for (const [name, { stay }] of lanes) if (stay.residency === "loaded") names.add(name);
   return names;
-}
-
-/** Who must leave for a model. */
-interface Placing {
-  leaving: string[];
-  /** False: these have never been tried together, and whoever is in memory may have to go. */
-  known: boolean;
-}
-
-/**
- * Where these were seen together nobody leaves. Where they are known not to fit, those stay that were
- * seen beside the new one and have the most to do.
- */
-function placing(
-  turns: Turns,
-  lanes: ReadonlyMap<string, Contender>,
-  resident: ReadonlySet<string>,
-  model: string,
-): Placing {
-  const all = new Set([...resident, model]);
-  if (resident.size === 0 || turns.together.some((seen) => includes(seen, all))) {
-    return { leaving: [], known: true };
-  }
-  if (!turns.apart.some(({ models }) => includes(all, models))) {
-    return { leaving: [...resident], known: false };
-  }
-  let staying = new Set<string>();
-  let most = 0;
-  for (const seen of turns.together) {
-    if (!seen.has(model)) continue;
-    const beside = new Set([...resident].filter((each) => seen.has(each)));
-    let work = 0;
-    for (const each of beside) work += 1 + workOf(lanes.get(each));
-    if (work > most) [staying, most] = [beside, work];
-  }
-  return { leaving: [...resident].filter((each) => !staying.has(each)), known: true };
 }
 
 function workOf(lane: Contender | undefined): number {
@@ -217,7 +179,7 @@ function nextOf(
   const lane = lanes.get(model) as Contender;
   const since = wantedSince(lane);
   if (lane.stay.residency !== "cold" || since === null || lane.stay.retryAt > now) return null;
-  const place = placing(turns, lanes, resident, model);
+  const place = placing(turns.fit, resident, model, (each) => workOf(lanes.get(each)));
   const over = new Map<string, number>();
   let readyAt = -Infinity;
   for (const name of place.leaving) {
@@ -343,7 +305,7 @@ export function reportResidency(
       Object.assign(stay, { failures: 0, asked: null });
     }
   }
-  seenTogether(turns, residents(lanes));
+  seenTogether(turns.fit, residents(lanes));
   refresh(turns, lanes);
 }
 
@@ -354,21 +316,6 @@ export function refresh(turns: Turns, lanes: ReadonlyMap<string, Contender>): vo
     if (stay.residency !== "loaded" || stay.unwanted) turns.active = true;
     else stay.closing = false;
   }
-}
-
-function seenTogether(turns: Turns, models: ReadonlySet<string>) {
-  if (models.size < 2 || turns.together.some((seen) => includes(seen, models))) return;
-  const others = turns.together.filter((seen) => !includes(models, seen));
-  turns.together = [...others, models].slice(-MOST_LEARNED);
-  turns.apart = turns.apart.filter((each) => !includes(models, each.models));
-}
-
-function seenApart(turns: Turns, models: ReadonlySet<string>, at: number) {
-  turns.together = turns.together.filter((seen) => !includes(seen, models));
-  const others = turns.apart.filter((each) => !includes(each.models, models));
-  turns.apart = [...others, { models, at }]
-    .filter((each) => at - each.at < APART_MS)
-    .slice(-MOST_LEARNED);
 }
 
 /** What would be loaded at once if the engine put out nobody by itself. */
@@ -405,7 +352,7 @@ export function finishChange(
       stay.loadMs =
         stay.loadMs === null ? loadMs : stay.loadMs + LOAD_WEIGHT * (loadMs - stay.loadMs);
       const tried = triedIn(change);
-      if (loaded !== null && !includes(there, tried)) seenApart(turns, tried, now);
+      if (loaded !== null && !includes(there, tried)) seenApart(turns.fit, tried, now);
     }
   }
   reportResidency(turns, lanes, there, now);
@@ -435,9 +382,9 @@ export function failChange(
     stay.residency = "cold";
     there.delete(change.model);
     const tried = triedIn(change);
-    const isNews = tried.size > 1 && !turns.apart.some(({ models }) => includes(tried, models));
+    const isNews = tried.size > 1 && !areApart(turns.fit, tried);
     if (isNews) {
-      seenApart(turns, tried, now);
+      seenApart(turns.fit, tried, now);
     } else {
       coolDown = Math.min(COOL_DOWN_MS * 2 ** stay.failures, LONGEST_COOL_DOWN_MS);
       stay.failures++;

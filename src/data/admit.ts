@@ -1,5 +1,5 @@
 import { resolve, type Model, type Snapshot } from "../core/snapshot.ts";
-import type { Ticket } from "../core/scheduler.ts";
+import type { Ticket } from "../core/lanes.ts";
 import { select, type Candidate, type Credit, type Selection } from "../core/select.ts";
 import type { Want } from "../dialects/dialect.ts";
 import type { Engine } from "../engines/engine.ts";

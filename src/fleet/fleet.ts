@@ -1,16 +1,7 @@
 import type { BreakerSettings, BreakerState } from "../core/breaker.ts";
 import { judge, type Verdict } from "../core/outcome.ts";
-import {
-  nextOf,
-  positionOf,
-  step,
-  waitFor,
-  waitsFor,
-  type Cap,
-  type SchedulerEffect,
-  type SchedulerEvent,
-  type Ticket,
-} from "../core/scheduler.ts";
+import { nextOf, positionOf, waitFor, waitsFor, type Cap, type Ticket } from "../core/lanes.ts";
+import { step, type SchedulerEffect, type SchedulerEvent } from "../core/scheduler.ts";
 import type { Candidate, Credit } from "../core/select.ts";
 import {
   backendOf,

@@ -7,7 +7,7 @@ import {
   isVacant,
   type SchedulerState,
   type Ticket,
-} from "../core/scheduler.ts";
+} from "../core/lanes.ts";
 import type { Backend, Health, Model, Snapshot, Target } from "../core/snapshot.ts";
 import type { Candidate } from "../core/select.ts";
 import { turnIn } from "../core/turns.ts";

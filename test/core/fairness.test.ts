@@ -8,12 +8,10 @@ import {
   hasRoom,
   nextOf,
   positionOf,
-  step,
   type Cap,
-  type SchedulerEffect,
-  type SchedulerEvent,
   type Ticket,
-} from "../../src/core/scheduler.ts";
+} from "../../src/core/lanes.ts";
+import { step, type SchedulerEffect, type SchedulerEvent } from "../../src/core/scheduler.ts";
 
 let tickets = 0;
 

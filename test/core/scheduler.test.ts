@@ -6,13 +6,15 @@ import {
   createScheduler,
   hasRoom,
   positionOf,
-  step,
   type Cap,
+  type SchedulerState,
+  type Ticket,
+} from "../../src/core/lanes.ts";
+import {
+  step,
   type LanePlan,
   type SchedulerEffect,
   type SchedulerEvent,
-  type SchedulerState,
-  type Ticket,
 } from "../../src/core/scheduler.ts";
 
 /** One flow, one class: here only the age decides. `fairness.test.ts` has the others. */

@@ -1,14 +1,8 @@
 /** One backend in virtual time: an engine with only so much memory, under the real scheduler. */
 import assert from "node:assert/strict";
 import type { Priority } from "../../src/core/fairness.ts";
-import {
-  createScheduler,
-  step,
-  type SchedulerEffect,
-  type SchedulerEvent,
-  type SchedulerState,
-  type Ticket,
-} from "../../src/core/scheduler.ts";
+import { createScheduler, type SchedulerState, type Ticket } from "../../src/core/lanes.ts";
+import { step, type SchedulerEffect, type SchedulerEvent } from "../../src/core/scheduler.ts";
 
 export interface Setting {
   models: readonly string[];

@@ -5,7 +5,7 @@ import fc from "fast-check";
 import type { Kind } from "../../src/config.ts";
 import type { BreakerSettings } from "../../src/core/breaker.ts";
 import { judge, SUCCESS, type Fault, type Verdict } from "../../src/core/outcome.ts";
-import type { Ticket } from "../../src/core/scheduler.ts";
+import type { Ticket } from "../../src/core/lanes.ts";
 import { select } from "../../src/core/select.ts";
 import type { Backend, Health, Snapshot } from "../../src/core/snapshot.ts";
 import { Fleet } from "../../src/fleet/fleet.ts";
