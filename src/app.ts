@@ -91,7 +91,7 @@ export function createApp(plane: Plane, options: AppOptions): Hono<Env> {
   app.use("/admin/*", operatorsOnly(operations));
   app.use(corsForAllowed(plane));
   for (const endpoint of ENDPOINTS) {
-    app.post(endpoint.path, (context) => serve(context.req.raw, endpoint, plane));
+    app.post(endpoint.path, ({ req, env }) => serve(req.raw, endpoint, plane, env.peer));
   }
   // From here on requests that are answered by the gateway itself.
   app.use(async (context, next) => {

@@ -90,7 +90,9 @@ const model = z.strictObject({
   fallback: z
     .union([z.string(), z.array(z.string())])
     .optional()
-    .describe("Smaller models, tried in this order. In effect from a later version."),
+    .describe(
+      "Smaller models that answer when this one cannot in time, cannot be loaded or is down, tried in this order.",
+    ),
   concurrency: count.optional().describe("Requests at once over all backends."),
   warm: z
     .boolean()

@@ -228,7 +228,7 @@ export async function startGateway(
       if (waiting === null) return [];
       const { model, backend_id: backend } = asking.record;
       const waitedMs = Math.round(now() - receivedAt);
-      return [{ id, tenant, model, priority, backend, waitedMs, etaMs: null, ...waiting }];
+      return [{ id, tenant, model, priority, backend, waitedMs, ...waiting }];
     });
   }
 

@@ -53,8 +53,8 @@ export interface QueuedRequest {
   /** Requests of its model that start before it. */
   position: number;
   waitedMs: number;
-  /** Null: nobody can say yet. */
-  etaMs: number | null;
+  /** When it starts if nobody else comes. */
+  etaMs: number;
   reason: string;
 }
 

@@ -122,14 +122,14 @@ export function start<T extends Claim>(line: Line<T>, claim: T): void {
   tidy(line, own);
 }
 
-/** One that was started has ended. @param tokens what it really was; null: as expected. */
-export function end<T extends Claim>(line: Line<T>, claim: T, tokens: number | null): void {
+/** One that was started has ended. @param tokens what it was beyond what it was charged. */
+export function end<T extends Claim>(line: Line<T>, claim: T, tokens: number): void {
   const own = classOf(line, claim);
   const flow = own.flows.get(claim.flow);
   if (flow === undefined) return;
   flow.running--;
   line.running--;
-  if (tokens !== null) flow.counter += (tokens - claim.tokens) / claim.weight;
+  flow.counter += tokens / claim.weight;
   tidy(line, own);
 }
 
@@ -209,20 +209,27 @@ export function* claimsIn<T>({ classes }: Line<T>): Generator<T> {
   for (const { flows } of classes) for (const { waiting } of flows.values()) yield* waiting;
 }
 
-/** How many start before it if nobody comes, leaves or ages; -1 when it does not wait. */
-export function positionIn<T extends Claim>(line: Line<T>, claim: T): number {
-  const { flows } = classOf(line, claim);
-  const own = flows.get(claim.flow);
-  let ahead = own?.waiting.indexOf(claim) ?? -1;
-  if (own === undefined || ahead === -1) return -1;
-  let mine = own.counter;
-  for (const before of own.waiting.slice(0, ahead)) mine += before.tokens / before.weight;
+/**
+ * How many of those who wait start before it if nobody comes, leaves or ages; of one that does not wait
+ * itself, how many would if it came now.
+ */
+export function aheadOf<T extends Claim>(line: Line<T>, claim: T): number {
+  const own = classOf(line, claim);
+  const queue = own.flows.get(claim.flow)?.waiting ?? [];
+  let mine = own.flows.get(claim.flow)?.counter ?? 0;
+  if (queue.length === 0) mine = Math.max(mine, own.floor);
+  let ahead = 0;
+  for (const before of queue) {
+    if (before === claim || before.arrivedAt > claim.arrivedAt) break;
+    mine += before.tokens / before.weight;
+    ahead++;
+  }
   for (const better of line.classes.slice(0, rankOf(claim))) {
     for (const { waiting } of better.flows.values()) ahead += waiting.length;
   }
   let isBehind = false;
-  for (const flow of flows.values()) {
-    if (flow === own) {
+  for (const [name, flow] of own.flows) {
+    if (name === claim.flow) {
       isBehind = true;
       continue;
     }
@@ -235,6 +242,18 @@ export function positionIn<T extends Claim>(line: Line<T>, claim: T): number {
     }
   }
   return ahead;
+}
+
+/** The same of one that waits; -1 when it does not. */
+export function positionIn<T extends Claim>(line: Line<T>, claim: T): number {
+  const waits = classOf(line, claim).flows.get(claim.flow)?.waiting.includes(claim) === true;
+  return waits ? aheadOf(line, claim) : -1;
+}
+
+/** Tokens have flowed beyond what was expected: its flow is charged them at once. */
+export function charge<T extends Claim>(line: Line<T>, claim: T, tokens: number): void {
+  const flow = classOf(line, claim).flows.get(claim.flow);
+  if (flow !== undefined) flow.counter += tokens / claim.weight;
 }
 
 /**

@@ -1,5 +1,6 @@
 import { headOf, positionIn, type Claim, type Line } from "./fairness.ts";
-import { createTurns, expectedLoadMs, isCooling, type Stay, type Turns } from "./turns.ts";
+import type { Chain } from "./prefix.ts";
+import { createTurns, isCooling, type Stay, type Turns } from "./turns.ts";
 
 /** Something of which only so much may be in use: slots, a backend's sum, places in a queue. */
 export interface Cap {
@@ -15,6 +16,25 @@ export interface Ticket extends Claim {
   readonly deadlineAt: number;
   /** Backends it may not go to: they have failed it, or do not speak its path. */
   readonly barred: ReadonlySet<string>;
+  /** Backends whose context is likely too small: only where there is no other. */
+  readonly cramped?: ReadonlySet<string>;
+  /** What there is to compute before the first token; absent where nobody knows. */
+  readonly prompt?: Prompt;
+}
+
+export interface Prompt {
+  tokens: number;
+  /** Its text, as the prefix index knows it. */
+  chain: Chain;
+  /** Names the conversation, where the client does. */
+  session: string | null;
+}
+
+/** A request that has a slot. */
+export interface Running {
+  startedAt: number;
+  /** What its flow has been charged. */
+  tokens: number;
 }
 
 /** The requests of one model in one backend. */
@@ -25,6 +45,9 @@ export interface Lane {
   /** Places in the queue of this model, over all backends. Shared likewise. */
   places: Cap;
   line: Line<Ticket>;
+  running: Map<Ticket, Running>;
+  /** When those who were refused have been told to come back: until then they count as waiting. */
+  promises: number[];
   /** Moving average of how long a request holds its slot, null until one has ended. */
   serviceMs: number | null;
   /** Whether its model is loaded, and how long it stays. */
@@ -45,9 +68,6 @@ export interface SchedulerState {
   /** Which models are served, where not all of them fit. */
   turns: Turns;
 }
-
-/** A service time nobody has measured yet. */
-const UNMEASURED_SERVICE_MS = 10_000;
 
 export function createScheduler(): SchedulerState {
   return {
@@ -93,12 +113,6 @@ export function positionOf(state: SchedulerState, ticket: Ticket): number {
   return lane === undefined ? -1 : positionIn(lane.line, ticket);
 }
 
-/** How long a request of this model that came now would wait here, milliseconds, from what was measured. */
-export function waitFor(state: SchedulerState, model: string): number {
-  const lane = state.lanes.get(model);
-  return lane === undefined ? 1 : waitOf(state, lane);
-}
-
 /** Of those who wait for this model here, the next. */
 export function nextOf(state: SchedulerState, model: string): Ticket | undefined {
   const lane = state.lanes.get(model);
@@ -111,18 +125,19 @@ export function mayStart(state: SchedulerState, lane: Lane): boolean {
 }
 
 function hasSlot(state: SchedulerState, lane: Lane): boolean {
-  return (
-    state.available &&
-    state.heldUntil === null &&
-    lane.slots.used < lane.slots.limit &&
-    state.backend.used < state.backend.limit &&
-    lane.shared.every((cap) => cap.used < cap.limit)
-  );
+  return state.available && state.heldUntil === null && freeIn(state, lane) > 0;
 }
 
-/** How long a request that came now would wait, from what was measured. */
-export function waitOf(state: SchedulerState, lane: Lane): number {
-  const perSlot = (lane.line.waiting + 1) / Math.max(1, lane.slots.limit);
-  const loadMs = lane.stay.residency === "loaded" ? 0 : expectedLoadMs(lane, state.lanes.values());
-  return Math.max(1, Math.ceil(loadMs + perSlot * (lane.serviceMs ?? UNMEASURED_SERVICE_MS)));
+/** Slots that a request of this lane could have now. */
+export function freeIn({ backend }: SchedulerState, { slots, shared }: Lane): number {
+  let free = Math.min(slots.limit - slots.used, backend.limit - backend.used);
+  for (const cap of shared) free = Math.min(free, cap.limit - cap.used);
+  return free;
+}
+
+/** Slots that requests of this lane could have if nothing else ran, at least 1. */
+export function slotsOf({ backend }: SchedulerState, { slots, shared }: Lane): number {
+  let most = Math.min(slots.limit, backend.limit);
+  for (const cap of shared) most = Math.min(most, cap.limit);
+  return Math.max(1, most);
 }

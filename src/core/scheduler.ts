@@ -1,8 +1,18 @@
-import { choose, claimsIn, createLine, end, join, leave, loserTo, start } from "./fairness.ts";
+import { NO_GUESS, promise, startIn } from "./eta.ts";
+import {
+  charge,
+  choose,
+  claimsIn,
+  createLine,
+  end,
+  join,
+  leave,
+  loserTo,
+  start,
+} from "./fairness.ts";
 import {
   mayStart,
   nextOf,
-  waitOf,
   type Cap,
   type Lane,
   type SchedulerState,
@@ -46,6 +56,8 @@ export type SchedulerEvent =
       tokens: number | null;
       heldUntil: number | null;
     }
+  /** So many tokens of its prompt and answer have flowed by now. */
+  | { type: "chunk"; ticket: Ticket; tokens: number }
   | { type: "configure"; available: boolean; concurrency: number; lanes: readonly LanePlan[] }
   /** `queue.turnMs` from now on. */
   | { type: "turns"; turnMs: number | "auto" }
@@ -71,8 +83,11 @@ export type SchedulerEvent =
 
 export type SchedulerEffect =
   | { type: "grant"; ticket: Ticket }
-  /** The queue is full, or the model could not be loaded and is left alone for so long. */
-  | { type: "refuse"; ticket: Ticket; cause: "full" | "load_failed"; retryAfterMs: number }
+  /**
+   * The queue is full; or it would start too late, in so many milliseconds; or the model could not be
+   * loaded and is left alone for so long.
+   */
+  | { type: "refuse"; ticket: Ticket; cause: RefusalCause; retryAfterMs: number }
   /** Waited as long as it may. */
   | { type: "expire"; ticket: Ticket; retryAfterMs: number }
   /** Choose again: it cannot or need not be served here. */
@@ -84,6 +99,8 @@ export type SchedulerEffect =
   | { type: "load"; model: string | null; unload: readonly string[] }
   /** Send a `timer` event then. Replaces an earlier one. */
   | { type: "timer"; at: number };
+
+export type RefusalCause = "full" | "late" | "load_failed";
 
 const SERVICE_WEIGHT = 0.2;
 
@@ -103,6 +120,9 @@ export function step(state: SchedulerState, event: SchedulerEvent, now: number):
     case "cancel":
       // The gate may have waited for this one, and nothing else but the next model for the gate.
       if (take(state, event.ticket) && state.turns.active) serve(state, now, effects);
+      break;
+    case "chunk":
+      chargeMore(state, event.ticket, event.tokens);
       break;
     case "complete":
       complete(state, event);
@@ -159,13 +179,29 @@ export function step(state: SchedulerState, event: SchedulerEvent, now: number):
   return effects;
 }
 
-function grant(state: SchedulerState, lane: Lane, ticket: Ticket, effects: SchedulerEffect[]) {
+function grant(
+  state: SchedulerState,
+  lane: Lane,
+  ticket: Ticket,
+  now: number,
+  effects: SchedulerEffect[],
+) {
   lane.slots.used++;
   state.backend.used++;
   for (const cap of lane.shared) cap.used++;
   if (lane.stay.gate > 0) lane.stay.gate--;
   start(lane.line, ticket);
+  lane.running.set(ticket, { startedAt: now, tokens: ticket.tokens });
   effects.push({ type: "grant", ticket });
+}
+
+/** An answer that becomes longer than expected is charged as it flows, so that it pays in time. */
+function chargeMore(state: SchedulerState, ticket: Ticket, tokens: number) {
+  const lane = state.lanes.get(ticket.model);
+  const running = lane?.running.get(ticket);
+  if (lane === undefined || running === undefined || tokens <= running.tokens) return;
+  charge(lane.line, ticket, tokens - running.tokens);
+  running.tokens = tokens;
 }
 
 function arrive(state: SchedulerState, ticket: Ticket, now: number, effects: SchedulerEffect[]) {
@@ -174,22 +210,33 @@ function arrive(state: SchedulerState, ticket: Ticket, now: number, effects: Sch
   if (lane === undefined || lane.slots.limit === 0 || !state.available) {
     effects.push({ type: "reselect", ticket });
   } else if (lane.line.waiting === 0 && mayStart(state, lane)) {
-    grant(state, lane, ticket, effects);
+    grant(state, lane, ticket, now, effects);
   } else if (isCooling(lane, now)) {
     const retryAfterMs = lane.stay.retryAt - now;
     effects.push({ type: "refuse", ticket, cause: "load_failed", retryAfterMs });
   } else if (ticket.deadlineAt <= now) {
-    effects.push({ type: "expire", ticket, retryAfterMs: waitOf(state, lane) });
-  } else if (lane.places.used < lane.places.limit || makeRoom(state, lane, ticket, effects)) {
+    effects.push({ type: "expire", ticket, retryAfterMs: promise(state, ticket, now) });
+  } else if (now + startIn(state, ticket, now, NO_GUESS) > ticket.deadlineAt) {
+    refuse(state, ticket, "late", now, effects);
+  } else if (lane.places.used < lane.places.limit || makeRoom(state, lane, ticket, now, effects)) {
     join(lane.line, ticket);
     lane.places.used++;
     state.waiting++;
     arm(state, effects);
     if (state.turns.active) serve(state, now, effects);
   } else {
-    const retryAfterMs = waitOf(state, lane);
-    effects.push({ type: "refuse", ticket, cause: "full", retryAfterMs });
+    refuse(state, ticket, "full", now, effects);
   }
+}
+
+function refuse(
+  state: SchedulerState,
+  ticket: Ticket,
+  cause: "full" | "late",
+  now: number,
+  effects: SchedulerEffect[],
+) {
+  effects.push({ type: "refuse", ticket, cause, retryAfterMs: promise(state, ticket, now) });
 }
 
 /** Refuses somebody who waits, where the newcomer has the better claim to a place. */
@@ -197,11 +244,12 @@ function makeRoom(
   state: SchedulerState,
   lane: Lane,
   newcomer: Ticket,
+  now: number,
   effects: SchedulerEffect[],
 ): boolean {
   const ticket = loserTo(lane.line, newcomer);
   if (ticket === null || !take(state, ticket)) return false;
-  effects.push({ type: "refuse", ticket, cause: "full", retryAfterMs: waitOf(state, lane) });
+  refuse(state, ticket, "full", now, effects);
   return true;
 }
 
@@ -236,7 +284,9 @@ function complete(
   if (lane === undefined) return;
   lane.slots.used--;
   for (const cap of lane.shared) cap.used--;
-  end(lane.line, ticket, tokens);
+  const charged = lane.running.get(ticket)?.tokens ?? ticket.tokens;
+  lane.running.delete(ticket);
+  end(lane.line, ticket, (tokens ?? charged) - charged);
   if (serviceMs === null) return;
   lane.serviceMs =
     lane.serviceMs === null
@@ -304,7 +354,7 @@ function dispatch(state: SchedulerState, now: number, effects: SchedulerEffect[]
     if (next === null) return;
     const ticket = next.claim;
     state.passed = next.aged ? 0 : state.passed + 1;
-    grant(state, state.lanes.get(ticket.model) as Lane, ticket, effects);
+    grant(state, state.lanes.get(ticket.model) as Lane, ticket, now, effects);
     take(state, ticket);
   }
 }
@@ -324,7 +374,8 @@ function configure(
       const fresh = { limit: slots, used: 0 };
       const line = createLine<Ticket>();
       const stay = createStay(loaded);
-      state.lanes.set(model, { slots: fresh, shared, places, line, serviceMs: null, stay });
+      const empty = { line, running: new Map(), promises: [], serviceMs: null };
+      state.lanes.set(model, { slots: fresh, shared, places, stay, ...empty });
     } else {
       lane.slots.limit = slots;
     }
@@ -343,7 +394,7 @@ function expire(state: SchedulerState, now: number, effects: SchedulerEffect[]) 
   for (const lane of state.lanes.values()) {
     for (const ticket of [...claimsIn(lane.line)].filter((each) => each.deadlineAt <= now)) {
       take(state, ticket);
-      effects.push({ type: "expire", ticket, retryAfterMs: waitOf(state, lane) });
+      effects.push({ type: "expire", ticket, retryAfterMs: promise(state, ticket, now) });
     }
   }
   arm(state, effects);

@@ -73,8 +73,6 @@ const UNMEASURED_TURN_MS = 30_000;
 /** However short turns are to be: a shorter one would spend more than a fifth of the time loading. */
 const LEAST_LOADS = 4;
 const LOAD_WEIGHT = 0.3;
-/** A load nobody has measured yet. */
-const UNMEASURED_LOAD_MS = 10_000;
 const COOL_DOWN_MS = 10_000;
 const LONGEST_COOL_DOWN_MS = 80_000;
 
@@ -125,15 +123,10 @@ export function turnLength(
 }
 
 /** What a load of this model is expected to take; null before any was measured in this backend. */
-function loadOf({ stay }: Contender, lanes: Iterable<Contender>): number | null {
+export function loadOf({ stay }: Contender, lanes: Iterable<Contender>): number | null {
   if (stay.loadMs !== null) return stay.loadMs;
   const known = [...lanes].flatMap((lane) => lane.stay.loadMs ?? []);
   return known.length === 0 ? null : known.reduce((sum, each) => sum + each, 0) / known.length;
-}
-
-/** The same for people and promises, who want a number. */
-export function expectedLoadMs(lane: Contender, lanes: Iterable<Contender>): number {
-  return loadOf(lane, lanes) ?? UNMEASURED_LOAD_MS;
 }
 
 /** Requests for it are refused until then. */
@@ -152,11 +145,21 @@ function workOf(lane: Contender | undefined): number {
 }
 
 /** Since when somebody has wanted this model, which is not loaded; null: nobody does. */
-function wantedSince({ stay, line }: Contender): number | null {
+export function wantedSince({ stay, line }: Contender): number | null {
   if (line.waiting === 0) return stay.asked?.at ?? null;
   let oldest = stay.asked?.at ?? Infinity;
   for (const { arrivedAt } of claimsIn(line)) oldest = Math.min(oldest, arrivedAt);
   return oldest;
+}
+
+/** Who must leave for this model. */
+export function placingFor(
+  turns: Turns,
+  lanes: ReadonlyMap<string, Contender>,
+  model: string,
+  resident: ReadonlySet<string> = residents(lanes),
+): Placing {
+  return placing(turns.fit, resident, model, (each) => workOf(lanes.get(each)));
 }
 
 /** A model that could be loaded next. */
@@ -179,7 +182,7 @@ function nextOf(
   const lane = lanes.get(model) as Contender;
   const since = wantedSince(lane);
   if (lane.stay.residency !== "cold" || since === null || lane.stay.retryAt > now) return null;
-  const place = placing(turns.fit, resident, model, (each) => workOf(lanes.get(each)));
+  const place = placingFor(turns, lanes, model, resident);
   const over = new Map<string, number>();
   let readyAt = -Infinity;
   for (const name of place.leaving) {
@@ -200,13 +203,25 @@ function fitsIdly(lanes: ReadonlyMap<string, Contender>, { leaving, known }: Pla
   return leaving.every((each) => workOf(lanes.get(each)) === 0);
 }
 
-/**
- * When one model has had its turn and another, which has been wanted since then, may take its memory:
- * the turn and the wish have to be old enough both. A turn that serves everybody who waited at its
- * beginning before it can end is what keeps the work going; the turn's length is what keeps changes
- * rare; the wish's age is what keeps waiting bounded.
- */
+/** When one model has had its turn and another may take its memory, behind the gate. */
 function turnEnd(
+  turns: Turns,
+  lanes: ReadonlyMap<string, Contender>,
+  wanted: Contender,
+  since: number,
+  resident: Contender,
+  known: boolean,
+): number {
+  return resident.stay.gate > 0 ? Infinity : turnOver(turns, lanes, wanted, since, resident, known);
+}
+
+/**
+ * The same without the gate, for another model that has been wanted `since` then: the turn and the wish
+ * have to be old enough both. A turn that serves everybody who waited at its beginning before it can
+ * end is what keeps the work going; the turn's length is what keeps changes rare; the wish's age is what
+ * keeps waiting bounded.
+ */
+export function turnOver(
   turns: Turns,
   lanes: ReadonlyMap<string, Contender>,
   wanted: Contender,
@@ -214,7 +229,6 @@ function turnEnd(
   { stay, line, slots, serviceMs }: Contender,
   known: boolean,
 ): number {
-  if (stay.gate > 0) return Infinity;
   // Where two have never been tried together it is worth one early change to find out.
   if (!known) return -Infinity;
   const loadMs = loadOf(wanted, lanes.values());

@@ -15,6 +15,8 @@ const PROBED_AGAIN_MS = 5000;
 export interface Waiting {
   position: number;
   reason: string;
+  /** When it will start if nobody else comes, milliseconds. */
+  etaMs: number;
 }
 
 /** Where an exchange stands in a queue, while it stands in one, and how it gives that place up. */
@@ -23,7 +25,8 @@ const places = new WeakMap<Exchange, { place: Place; leave: () => void }>();
 export function waitingOf(exchange: Exchange): Waiting | null {
   const place = places.get(exchange)?.place;
   const position = place?.position() ?? -1;
-  return place === undefined || position < 0 ? null : { position, reason: place.reason() };
+  if (place === undefined || position < 0) return null;
+  return { position, reason: place.reason(), etaMs: place.etaMs() };
 }
 
 /** Lets a request that waits choose again, since its priority or its deadline is another one now. */
@@ -63,13 +66,20 @@ export function findModel(snapshot: Snapshot, asked: string): Model {
  * @throws GatewayError `model_not_found`, `permission_denied`, `unsupported_endpoint`, `unsupported_parameter`
  */
 export function resolveModel(exchange: Exchange, plane: Plane): Model {
-  const model = findModel(exchange.snapshot, exchange.view?.model ?? "");
+  const model = findModel(
+    exchange.snapshot,
+    exchange.degraded?.served ?? exchange.view?.model ?? "",
+  );
   exchange.record.model = model.name;
-  const isAble = model.targets.some(({ backend }) => {
+  if (!isAble(exchange, plane, model)) throw inability(exchange, plane, model);
+  return model;
+}
+
+/** Is there an engine with this model that does what the request wants? */
+export function isAble(exchange: Exchange, plane: Plane, model: Model): boolean {
+  return model.targets.some(({ backend }) => {
     return canServe(exchange, plane.fleet.engineFor(backend));
   });
-  if (!isAble) throw inability(exchange, plane, model);
-  return model;
 }
 
 /** The first thing that the request wants and this engine cannot do. */
@@ -123,7 +133,6 @@ export async function admit(
   // Asked once: a retry that was let wait is not refused because it has to choose again.
   let waits: boolean | null = null;
   const choices: AdmitOptions = { ...options, mayWait: () => (waits ??= options.mayWait()) };
-  const patience = patienceOf(exchange);
   let model = resolveModel(exchange, plane);
   let ticket = ticketFor(exchange, plane, model, options.tried);
   let endSpan: (() => void) | null = null;
@@ -131,21 +140,30 @@ export async function admit(
     for (;;) {
       const { backend, reason, place, admission } = ask(exchange, plane, model, ticket, choices);
       exchange.record.backend_id = backend;
-      exchange.record.reason = options.tried.size + options.busy.size > 0 ? "retry" : reason;
+      const isRetry = options.tried.size + options.busy.size > 0;
+      const isDegraded = exchange.degraded !== null;
+      exchange.record.reason = isRetry ? "retry" : isDegraded ? "degraded" : reason;
       if (!("then" in admission)) {
         if (admission.type === "granted") return admission.permit;
-      } else if (endSpan === null) {
-        endSpan = exchange.trace.queue(Math.max(0, place.position()), place.reason());
       }
       const since = plane.now();
+      let expectedAt = since;
+      if ("then" in admission) {
+        const etaMs = place.etaMs();
+        expectedAt += etaMs;
+        endSpan ??= exchange.trace.queue(Math.max(0, place.position()), place.reason(), etaMs);
+      }
       const decided = await admission;
       if ("then" in admission) tellLoad(exchange, plane, model.name, backend, since);
       exchange.check();
-      if (decided.type === "granted") return decided.permit;
+      if (decided.type === "granted") {
+        plane.metrics?.etaError(model.name, backend, Math.abs(plane.now() - expectedAt));
+        return decided.permit;
+      }
       if (decided.type === "refused") {
         const failed = decided.cause === "load_failed" ? plane.fleet.failedLoad(model) : null;
         throw failed === null
-          ? refusal(decided, model.name, patience)
+          ? refusal(decided, model.name, exchange)
           : notLoaded(model.name, failed);
       }
       exchange.renew();
@@ -188,7 +206,7 @@ function ticketFor(
   return {
     id: exchange.id,
     model: model.name,
-    flow: exchange.tenant,
+    flow: exchange.flow,
     priority: exchange.priority,
     weight: exchange.policy.weight,
     // What cannot be foreseen counts as a request at least.
@@ -196,6 +214,7 @@ function ticketFor(
     arrivedAt: exchange.receivedAt,
     deadlineAt: deadlineOf(exchange),
     barred: barredFor(exchange, plane, model, tried),
+    ...(exchange.prompt === null ? {} : { prompt: exchange.prompt }),
   };
 }
 
@@ -230,9 +249,7 @@ function ask(
   options: AdmitOptions,
 ): Asked {
   const { fleet } = plane;
-  const candidates = fleet.candidates(exchange.snapshot, model).map((candidate) => {
-    return ticket.barred.has(candidate.target.backend) ? { ...candidate, barred: true } : candidate;
-  });
+  const candidates = fleet.candidates(exchange.snapshot, model, ticket);
   const selection = choose(candidates, fleet.creditOf(model.name), options);
   if (selection === null) {
     const failed = fleet.failedLoad(model);
@@ -246,10 +263,14 @@ function ask(
   const { target, reason } = selection;
   let decided: Admission | null = null;
   let resolveLater: (admission: Admission) => void = () => {};
-  const place = fleet.enqueue(ticket, target, (admission) => {
-    decided = admission;
-    resolveLater(admission);
-  });
+  const place = fleet.enqueue(
+    timely(exchange, plane, ticket, target.backend),
+    target,
+    (admission) => {
+      decided = admission;
+      resolveLater(admission);
+    },
+  );
   if (decided !== null) return { backend: target.backend, reason, place, admission: decided };
   const admission = new Promise<Admission>((resolve) => {
     resolveLater = resolve;
@@ -293,16 +314,33 @@ function notLoaded(
   );
 }
 
+/** The same ticket, to start in time for the first token that its client still has a use for. */
+function timely(exchange: Exchange, plane: Plane, ticket: Ticket, backend: string): Ticket {
+  const sloMs = sloMsOf(exchange);
+  if (sloMs === null) return ticket;
+  const startMs = Math.max(0, sloMs - plane.fleet.measuredBeginMs(backend, ticket));
+  const deadlineAt = Math.min(ticket.deadlineAt, exchange.receivedAt + startMs);
+  return { ...ticket, deadlineAt };
+}
+
 function refusal(
   decided: Omit<Extract<Admission, { type: "refused" }>, "type">,
   model: string,
-  patience: number,
+  exchange: Exchange,
 ): GatewayError {
   const name = quote(model);
-  const message =
-    decided.cause === "full"
-      ? `the queue for model ${name} is full (queue.maxLength)`
-      : `no slot for model ${name} came free within ${patience} ms (queue.maxWaitMs)`;
+  const sloMs = sloMsOf(exchange);
+  const limit =
+    sloMs === null
+      ? `within ${patienceOf(exchange)} ms (queue.maxWaitMs, or the client's own time-out)`
+      : `in time for a first token after ${sloMs} ms (x-slo-ttft-ms)`;
+  const messages = {
+    full: `the queue for model ${name} is full (queue.maxLength)`,
+    late: `model ${name} is busy: the request would not start ${limit}`,
+    expired: `no slot for model ${name} came free ${limit}`,
+    load_failed: `model ${name} could not be loaded`,
+  };
+  const message = messages[decided.cause];
   return new GatewayError("rate_limit_exceeded", message, { retryAfterMs: decided.retryAfterMs });
 }
 
@@ -324,15 +362,29 @@ function patienceOf(exchange: Exchange): number {
 
 /** When waiting has become pointless, on the clock of the plane. */
 export function deadlineOf(exchange: Exchange): number {
-  return exchange.waitsForOthers ? Infinity : exchange.receivedAt + patienceOf(exchange);
+  return exchange.deadlineAt ?? exchange.receivedAt + patienceOf(exchange);
 }
 
-/** Refuses a request whose flight still has no slot, now that this one can wait no longer. */
-export function stopWaiting(exchange: Exchange, flight: Exchange, plane: Plane): void {
-  if (waitingOf(flight) === null) return;
-  const { backend_id, model } = flight.record;
-  const retryAfterMs = plane.fleet.expectedWaitMs(backend_id ?? "", model ?? "");
-  exchange.fail(refusal({ cause: "expired", retryAfterMs }, model ?? "", patienceOf(exchange)));
+/** Why a request has to give up whose flight still has no slot; null where it has one. */
+export function lateness(exchange: Exchange, flight: Exchange): GatewayError | null {
+  const waiting = waitingOf(flight);
+  if (waiting === null) return null;
+  const retryAfterMs = Math.max(1, waiting.etaMs);
+  return refusal({ cause: "expired", retryAfterMs }, flight.record.model ?? "", exchange);
+}
+
+/**
+ * Within how many milliseconds the client has a use for a first token, as it says; null: it does not.
+ *
+ * @throws GatewayError `invalid_parameter`
+ */
+function sloMsOf({ headers }: Exchange): number | null {
+  const asked = headers.get("x-slo-ttft-ms");
+  if (asked === null) return null;
+  const ms = Number(asked);
+  if (asked.trim() !== "" && Number.isFinite(ms) && ms > 0) return ms;
+  const message = `x-slo-ttft-ms ${quote(asked)} is no number of milliseconds above 0`;
+  throw new GatewayError("invalid_parameter", message, { param: "x-slo-ttft-ms" });
 }
 
 /** The client's own time-out in milliseconds, as the official SDKs send it; null when they do not. */

@@ -103,7 +103,10 @@ export class UpstreamAttempt implements Attempt {
     const lasted = (this.#lastTokenAt ?? 0) - (this.#firstTokenAt ?? 0);
     const tokensPerSecond = interTokenMs === null || lasted < 1 ? null : 1000 / interTokenMs;
     const tokens = this.#tokens(verdict);
-    this.permit.release(verdict, { at: Date.now(), ttftMs, tokensPerSecond, error: cause, tokens });
+    const promptTokens = this.facts.usage?.input ?? this.promptTokens;
+    const cachedTokens = this.facts.usage?.cached ?? null;
+    const shown = { at: Date.now(), ttftMs, tokensPerSecond, error: cause, tokens };
+    this.permit.release(verdict, { ...shown, promptTokens, cachedTokens });
   }
 
   /** Prompt and answer, as far as anybody can tell. */

@@ -14,6 +14,7 @@ import { embeddings } from "../dialects/openai.ts";
 import { GatewayError } from "../errors.ts";
 import type { Answer } from "../stores/answers.ts";
 import { Embedding } from "./embed.ts";
+import { mayDegrade } from "./degrade.ts";
 import type { Exchange } from "./exchange.ts";
 import { Flight, type Landed, type Work } from "./flight.ts";
 import type { Plane } from "./plane.ts";
@@ -110,8 +111,8 @@ export async function fly(
 ): Promise<Landed> {
   // Who insists on a new answer, or on one that is there already, does not wait for that of others.
   const shares = !control.noCache && !control.onlyIfCached;
-  // Nor does a flight for who takes an old answer serve who does not.
-  const name = `${key} ${control.maxAgeMs}`;
+  // Nor does a flight for who takes an old answer, or that of a smaller model, serve who does not.
+  const name = `${key} ${control.maxAgeMs} ${mayDegrade(exchange)}`;
   const under = shares ? plane.flights.get(name) : undefined;
   const flight = under ?? new Flight(plane, name, exchange);
   if (under === undefined && shares) plane.flights.set(name, flight);
@@ -139,7 +140,8 @@ export function keepStream(exchange: Exchange, relay: Relay, plane: Plane, key: 
   };
   exchange.own(() => {
     const { record, lastAttempt } = exchange;
-    if (record.ending !== "completed" || parts.length === 0 || !mayKeep(lastAttempt)) return;
+    const isWhole = record.ending === "completed" && parts.length > 0;
+    if (!isWhole || !mayKeep(exchange, lastAttempt)) return;
     const body = Buffer.concat(parts);
     const storedAt = Date.now();
     keep(plane, key, { storedAt, contentType: STREAM, cacheControl: null, body, model: "" });
@@ -160,7 +162,7 @@ async function compute(
   if (reply.more) return reply;
   const { contentType, cacheControl, head: body } = reply;
   const answer = { storedAt: Date.now(), contentType, cacheControl, body, model: "" };
-  if (mayKeep(worker.attempt)) keep(plane, key, answer);
+  if (mayKeep(worker, worker.attempt)) keep(plane, key, answer);
   return { answer, kept: false };
 }
 
@@ -183,8 +185,9 @@ function keep(plane: Plane, key: string, answer: Answer) {
   plane.sharedAnswers?.set(key, answer, plane.config.cache.ttlMs);
 }
 
-/** Never an error, never what was cut, never what an engine refused in the middle. */
-function mayKeep(attempt: Exchange["attempt"]): boolean {
+/** Never an error, never what was cut or refused in the middle, never what another model answered. */
+function mayKeep({ degraded }: Exchange, attempt: Exchange["attempt"]): boolean {
+  if (degraded !== null) return false;
   const reasons = attempt?.facts.finishReasons ?? [];
   return reasons.length > 0 && reasons.every((reason) => ENDS.has(reason));
 }

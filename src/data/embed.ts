@@ -75,6 +75,8 @@ export class Embedding {
     const missing = batches.flat();
     const bytes = missing.reduce((sum, input) => sum + Buffer.byteLength(input), 0);
     worker.promptSize = { bytes, messages: 0, images: 0 };
+    const tokens = this.#plane.estimates.prompt(worker.record.model ?? "", worker.promptSize);
+    if (worker.prompt !== null) worker.prompt = { ...worker.prompt, tokens };
     if (worker.record.attempts === 0) await reserve(worker, this.#plane);
     // Vectors can be read only together; a batch bounds what that is.
     worker.holdBytes = Infinity;

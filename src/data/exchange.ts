@@ -1,6 +1,7 @@
 import { tenantOf, type Config, type TenantConfig } from "../config.ts";
 import type { PromptSize } from "../core/estimate.ts";
 import { CLASSES, type Priority } from "../core/fairness.ts";
+import type { Prompt } from "../core/lanes.ts";
 import { judge, SUCCESS, type Fault, type Verdict } from "../core/outcome.ts";
 import { visibleTo, type Snapshot } from "../core/snapshot.ts";
 import { anthropic } from "../dialects/anthropic.ts";
@@ -31,6 +32,13 @@ export interface Attempt {
   interTokenMs(): number | null;
   /** Closes the upstream, gives the permit back, ends the span. Idempotent. */
   end(verdict: Verdict, cause: string | null): void;
+}
+
+/** Which model answers, instead of which, and why. */
+export interface Degraded {
+  served: string;
+  asked: string;
+  reason: string;
 }
 
 /** Where the time went, milliseconds; shown in `server-timing`. */
@@ -84,13 +92,20 @@ export class Exchange {
   outputCap: number | null = null;
   /** Tokens that prompt and answer are expected to be. */
   expectedTokens = 0;
-  /** How much there is to read, and the tokens that it is expected to be. */
+  /** How much there is to read. */
   promptSize: PromptSize = { bytes: 0, messages: 0, images: 0 };
-  promptTokens = 0;
   /** Of the prompt's tokens those that the engine had computed before. */
   cachedTokens = 0;
-  /** A flight waits for a slot as long as anybody waits for it; each of them has its own limit. */
-  readonly waitsForOthers: boolean;
+  /** Of a flight: the latest time up to which any of those who wait for it may wait for a slot. */
+  deadlineAt: number | null = null;
+  /** Whose turn it is when several wait: the tenant's, or where there are none the session's or address's. */
+  flow = "default";
+  /** What there is to compute before the first token, and where it may have been computed before. */
+  prompt: Prompt | null = null;
+  /** What a model must be able to do to answer it, in the words of the snapshot's capabilities. */
+  needs: string[] = [];
+  /** A smaller model answers instead of the one that was asked for. */
+  degraded: Degraded | null = null;
   /** An answer in one piece is held up to this, bytes; a larger one is passed on as it comes. */
   holdBytes: number;
   phase: Phase = "queued";
@@ -126,7 +141,6 @@ export class Exchange {
     this.record = newRecord(this.id, endpoint.path);
     this.config = leader?.config ?? plane.config;
     this.holdBytes = this.config.limits.bufferBytes;
-    this.waitsForOthers = leader !== null;
     this.policy = leader?.policy ?? tenantOf(plane.config, this.tenant);
     this.snapshot = leader?.snapshot ?? plane.snapshot();
     if (leader !== null) {
@@ -137,6 +151,9 @@ export class Exchange {
       this.outputCap = leader.outputCap;
       this.view = leader.view;
       this.promptSize = leader.promptSize;
+      this.prompt = leader.prompt;
+      this.flow = leader.flow;
+      this.needs = leader.needs;
       this.record.model = leader.record.model;
       this.onEnd = () => {};
       return;
@@ -176,6 +193,11 @@ export class Exchange {
   /** Takes the newest snapshot, as far as the tenant may see it. */
   renew(): void {
     this.snapshot = visibleTo(this.#plane.snapshot(), this.policy.models);
+  }
+
+  /** Tokens that the prompt is expected to be. */
+  get promptTokens(): number {
+    return this.prompt?.tokens ?? 0;
   }
 
   get ended(): boolean {
@@ -300,6 +322,10 @@ export class Exchange {
     headers["x-tidegate-backend"] = headerText(record.backend_id);
     headers["x-tidegate-model"] = headerText(record.model ?? "");
     headers["x-tidegate-reason"] = record.reason ?? "";
+    if (this.degraded !== null) {
+      const { asked, reason } = this.degraded;
+      headers["x-tidegate-degraded"] = `asked=${headerText(asked)};reason=${reason}`;
+    }
     headers["x-tidegate-attempts"] = String(record.attempts);
     let serverTiming = "";
     for (const [name, duration] of Object.entries(timing)) {

@@ -1,6 +1,6 @@
 import { asGatewayError, type GatewayError } from "../errors.ts";
 import type { Answer } from "../stores/answers.ts";
-import { deadlineOf, reconsider, stopWaiting } from "./admit.ts";
+import { deadlineOf, lateness, reconsider } from "./admit.ts";
 import { Exchange, sooner } from "./exchange.ts";
 import type { Reply } from "./inspect.ts";
 import type { Plane } from "./plane.ts";
@@ -15,6 +15,9 @@ export type Landed =
 
 /** The answer, whether it had been kept somewhere already; or the beginning of one that is too large. */
 export type Work = (exchange: Exchange) => Promise<{ answer: Answer; kept: boolean } | Reply>;
+
+/** A deadline that is so much later is worth asking again for a place in the queue. */
+const NEWS_MS = 1000;
 
 interface Waiter {
   resolve: (landed: Landed) => void;
@@ -56,21 +59,22 @@ export class Flight {
     return this.#waiters.size;
   }
 
-  /** Waits for the answer, in the queue as long as this member may. Takes the best priority of all. */
+  /**
+   * Waits for the answer, in the queue as long as this member may. The flight takes the best priority
+   * and the latest deadline of all.
+   */
   join(member: Exchange): Promise<Landed> {
     const { exchange } = this;
-    const plane = this.#plane;
     member.flight = exchange;
     const priority = sooner(exchange.priority, member.priority);
-    if (priority !== exchange.priority) {
-      exchange.priority = priority;
-      reconsider(exchange);
-    }
-    const leftMs = Math.max(0, deadlineOf(member) - plane.now());
-    member.after(leftMs, () => stopWaiting(member, exchange, plane));
+    const deadlineAt = deadlineOf(member);
+    const isNews = priority !== exchange.priority || deadlineAt - this.#deadlineAt > NEWS_MS;
+    exchange.priority = priority;
+    exchange.deadlineAt = Math.max(deadlineAt, this.#deadlineAt);
+    if (isNews) reconsider(exchange);
     return new Promise((resolve, reject) => {
       this.#waiters.set(member, { resolve, reject });
-      member.own(() => {
+      const leave = member.own(() => {
         this.#waiters.delete(member);
         // Whoever awaits finds its exchange ended.
         resolve({ type: "alone" });
@@ -79,7 +83,17 @@ export class Flight {
         if (isLast) this.#abandon(member.error);
         this.#tell(member, isLast);
       });
+      member.after(Math.max(0, deadlineAt - this.#plane.now()), () => {
+        const late = lateness(member, exchange);
+        if (late === null) return;
+        reject(late);
+        leave();
+      });
     });
+  }
+
+  get #deadlineAt(): number {
+    return this.exchange.deadlineAt ?? -Infinity;
   }
 
   /** Nobody waits any more. Who had no more time for it says so of the engine, as without a flight. */
@@ -137,6 +151,8 @@ export class Flight {
     member.record.reason = record.reason;
     member.record.queue_ms = record.queue_ms;
     member.record.load_ms = record.load_ms;
+    member.record.model = record.model;
+    member.degraded = this.exchange.degraded;
     if (!isOne) return;
     member.record.attempts = record.attempts;
     member.record.tokens_generated = record.tokens_generated;

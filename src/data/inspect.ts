@@ -109,7 +109,7 @@ async function next(
   });
   exchange.check();
   if (result === undefined || result.done) return null;
-  attempt.permit.flowed(plane.now());
+  attempt.permit.flowed(plane.now(), 0);
   return result.value;
 }
 

@@ -9,6 +9,7 @@ import { totalMsOf } from "./forward.ts";
 import { checkOrigin, identify } from "./identify.ts";
 import type { Reply } from "./inspect.ts";
 import type { Plane } from "./plane.ts";
+import { readPrompt, type PeerAddress } from "./prompt.ts";
 import { Relay } from "./relay.ts";
 import { outputCapOf } from "./reserve.ts";
 import { obtain } from "./upstream.ts";
@@ -16,7 +17,12 @@ import { obtain } from "./upstream.ts";
 const STREAM_HEADERS = { "cache-control": "no-cache", "x-accel-buffering": "no" };
 
 /** Serves one inference request, from its headers to the end of its body. Never rejects. */
-export async function serve(request: Request, endpoint: Endpoint, plane: Plane): Promise<Response> {
+export async function serve(
+  request: Request,
+  endpoint: Endpoint,
+  plane: Plane,
+  peer?: PeerAddress,
+): Promise<Response> {
   const exchange = new Exchange(plane, endpoint, request);
   request.signal.addEventListener("abort", () => exchange.cancel());
   try {
@@ -29,6 +35,7 @@ export async function serve(request: Request, endpoint: Endpoint, plane: Plane):
     await accept(exchange, request, plane);
     exchange.check();
     const model = resolveModel(exchange, plane);
+    readPrompt(exchange, model, plane, peer);
     exchange.outputCap = outputCapOf(exchange, model.name);
     const lookup = await look(exchange, model, plane);
     if (lookup.type === "hit") return replay(exchange, lookup.answer);

@@ -149,7 +149,8 @@ export class Relay {
     if (this.#exchange.ended || chunk.length === 0) return;
     const now = this.#plane.now();
     this.#lastChunkAt = now;
-    this.#attempt?.permit.flowed(now);
+    const attempt = this.#attempt;
+    attempt?.permit.flowed(now, attempt.promptTokens + attempt.facts.deltas);
     if (this.#tap === null) return this.#pass(chunk, now);
     if (this.#heldBytes === 0 && !this.#blind && isOneEvent(chunk)) return this.#event(chunk, now);
     const ends = this.#cutter.cut(chunk);
@@ -288,7 +289,7 @@ export class Relay {
   #heartbeat() {
     const waiting = waitingOf(this.#exchange);
     const reason = waiting?.reason ?? WORDS[this.#exchange.phase];
-    const beat = { position: waiting?.position ?? null, reason };
+    const beat = { position: waiting?.position ?? null, reason, etaMs: waiting?.etaMs ?? null };
     this.#write(encoder.encode(`: tidegate ${JSON.stringify(beat)}\n\n`));
   }
 

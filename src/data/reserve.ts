@@ -15,6 +15,11 @@ export interface AtOnce {
   meanMs: number;
 }
 
+/** Is its answer text, counted in tokens? */
+export function isSampled({ endpoint }: Exchange): boolean {
+  return SAMPLED.has(endpoint.operation);
+}
+
 /** Cap on the tokens of one answer: the model's or the tenant's, the lower one; null for none. */
 export function outputCapOf({ config, policy }: Exchange, model: string): number | null {
   const ofModel = Object.hasOwn(config.models, model) ? config.models[model] : undefined;
@@ -32,18 +37,13 @@ export async function reserve(exchange: Exchange, plane: Plane): Promise<void> {
   const { policy, tenant, view, outputCap, record } = exchange;
   if (policy.concurrency !== undefined) takePlace(exchange, plane, policy.concurrency);
   const model = record.model ?? "";
-  const { operation } = exchange.endpoint;
   const choices = view?.choices ?? 1;
   // 0 and -1 are no limit to engines.
   const asked = Math.max(0, view?.sampling.maxTokens ?? 0) * choices || null;
-  // To count tokens takes none.
-  const prompt =
-    operation === "count_tokens" ? 0 : plane.estimates.prompt(model, exchange.promptSize);
-  const output = SAMPLED.has(operation)
+  const output = isSampled(exchange)
     ? plane.estimates.output(tenant, model, asked, outputCap && outputCap * choices)
     : 0;
-  exchange.promptTokens = prompt;
-  exchange.expectedTokens = prompt + output;
+  exchange.expectedTokens = exchange.promptTokens + output;
   const limits = limitsOf(policy);
   if (limits.length === 0) return;
   const { ledger } = plane;

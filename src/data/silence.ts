@@ -6,9 +6,6 @@ import type { UpstreamAttempt } from "./attempt.ts";
 import type { Exchange } from "./exchange.ts";
 import type { Plane } from "./plane.ts";
 
-/** A prompt's length in tokens, as far as its bytes tell, and the time for one where none was measured. */
-const BYTES_PER_TOKEN = 4;
-const PROMPT_TOKEN_MS = 1;
 /** So much longer than predicted may it take before that is a fault. */
 const PREFILL_FACTOR = 6;
 const LOAD_LOOK_MS = 1000;
@@ -92,8 +89,7 @@ function watchFirstByte(
   if (firstByteMs === 0) return () => {};
   const isLoaded = () => residencyOf(exchange, plane, attempt.permit) === "loaded";
   const { backend } = attempt.permit.target;
-  const tokens = (exchange.body?.bytes.length ?? 0) / BYTES_PER_TOKEN;
-  const limit = Math.max(firstByteMs, PREFILL_FACTOR * tokens * PROMPT_TOKEN_MS);
+  const limit = Math.max(firstByteMs, PREFILL_FACTOR * attempt.permit.beginMs);
   let loadedAt = isLoaded() ? attempt.sentAt : null;
   let stop = () => {};
   const look = () => {

@@ -1,6 +1,7 @@
 import type { Permit } from "../fleet/permit.ts";
 import { admit, deadlineOf } from "./admit.ts";
 import { AttemptFailed, UpstreamAttempt } from "./attempt.ts";
+import { degrade, mayDegrade } from "./degrade.ts";
 import type { Exchange } from "./exchange.ts";
 import { forward } from "./forward.ts";
 import type { Reply } from "./inspect.ts";
@@ -10,10 +11,27 @@ import { reserve } from "./reserve.ts";
 /** Attempts per request: the first, and one more elsewhere. */
 const MOST_ATTEMPTS = 2;
 
-/** Everything between the cache and the relay: reserve, admit, forward. */
+/**
+ * Everything between the cache and the relay: reserve, admit, forward; and where the asked-for model
+ * cannot do it now the same with the smaller ones that may answer instead.
+ */
 export async function obtain(exchange: Exchange, plane: Plane): Promise<Reply> {
+  const isAllowed = mayDegrade(exchange);
   await reserve(exchange, plane);
-  return attempts(exchange, plane);
+  let first: unknown = null;
+  for (;;) {
+    try {
+      const reply = await attempts(exchange, plane);
+      const { degraded } = exchange;
+      if (degraded !== null) plane.metrics?.degraded(degraded.asked, degraded.served);
+      return reply;
+    } catch (error) {
+      first ??= error;
+      if (isAllowed && degrade(exchange, plane, error)) continue;
+      exchange.degraded = null;
+      throw first;
+    }
+  }
 }
 
 /** Admits and forwards, and once more elsewhere where the first attempt allows it. */

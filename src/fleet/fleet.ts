@@ -1,6 +1,9 @@
 import type { BreakerSettings, BreakerState } from "../core/breaker.ts";
-import { judge, type Verdict } from "../core/outcome.ts";
-import { nextOf, positionOf, waitFor, waitsFor, type Cap, type Ticket } from "../core/lanes.ts";
+import { startIn } from "../core/eta.ts";
+import { nextOf, positionOf, waitsFor, type Cap, type Ticket } from "../core/lanes.ts";
+import { judge } from "../core/outcome.ts";
+import { NO_PACE } from "../core/pace.ts";
+import { Sessions } from "../core/prefix.ts";
 import { step, type SchedulerEffect, type SchedulerEvent } from "../core/scheduler.ts";
 import type { Candidate, Credit } from "../core/select.ts";
 import {
@@ -12,10 +15,11 @@ import {
 } from "../core/snapshot.ts";
 import type { Connection, Engine } from "../engines/engine.ts";
 import { changeModels, type Loaded } from "./change.ts";
+import { beginOf, cachedIn, candidateOf, guessesFrom, sessionKey, type Guesses } from "./expect.ts";
+import { Grant } from "./grant.ts";
 import {
   breakerReport,
   breakersOf,
-  candidateOf,
   couldServe,
   createLive,
   isBetter,
@@ -36,8 +40,8 @@ import {
 } from "./live.ts";
 import type { Admission, Permit, Place } from "./permit.ts";
 
-/** How long a backend that said that it is busy gets nothing more, unless a request of it ends before. */
-const HOLD_MS = 1000;
+/** Promises are spread: whoever is refused at once with others does not come back with all of them. */
+const JITTER = 0.1;
 
 /** What one model uses over all backends. */
 interface Share {
@@ -81,6 +85,7 @@ export class Fleet {
   readonly #leaving = new Set<Live>();
   readonly #shares = new Map<string, Share>();
   readonly #asking = new Map<Ticket, Asking>();
+  readonly #sessions = new Sessions();
   readonly #upstream: Cap;
   #maxLength: number;
   /** Read at every decision: a reload may replace it. */
@@ -159,15 +164,34 @@ export class Fleet {
     if (live.scheduler.backend.used > 0) this.#leaving.add(live);
   }
 
-  /** The targets of a model as selection wants them, in the snapshot's order. */
-  candidates(snapshot: Snapshot, model: Model): Candidate[] {
+  /** The targets of a ticket's model as selection wants them, in the snapshot's order. */
+  candidates(snapshot: Snapshot, model: Model, ticket: Ticket): Candidate[] {
     const now = this.#options.now();
+    const guesses = this.#guesses(model.name);
+    const session = sessionKey(ticket);
+    const last = session === null ? null : this.#sessions.last(session);
     return model.targets.flatMap((target) => {
       const backend = backendOf(snapshot, target.backend);
       const live = this.#lives.get(target.backend);
       if (backend === undefined || live === undefined || backend.drained) return [];
-      return [candidateOf(live, backend, target, model.name, this.breaker, now)];
+      const familiar = last === target.backend;
+      const { breaker } = this;
+      return [candidateOf(live, backend, target, ticket, familiar, breaker, guesses, now)];
     });
+  }
+
+  #guesses(model: string): Guesses {
+    const lives = [...this.#lives.values()].filter(({ targets }) => targets.has(model));
+    return guessesFrom(lives, model);
+  }
+
+  /** How long an answer takes to begin once it is sent, milliseconds, by what has been measured alone. */
+  measuredBeginMs(backend: string, ticket: Ticket): number {
+    const live = this.#lives.get(backend);
+    const now = this.#options.now();
+    return live === undefined
+      ? 0
+      : beginOf(live, ticket, cachedIn(live, ticket, now), NO_PACE, now);
   }
 
   /** Of this model's targets the first that is tried again after a load failed; null: none did lately. */
@@ -197,7 +221,7 @@ export class Fleet {
     const live = this.#lives.get(target.backend);
     if (live === undefined) {
       decide({ type: "reselect" });
-      return { position: () => -1, reason: () => "", leave: () => {} };
+      return { position: () => -1, reason: () => "", etaMs: () => 0, leave: () => {} };
     }
     let permit: Permit | null = null;
     const asking: Asking = {
@@ -214,6 +238,7 @@ export class Fleet {
     return {
       position: () => positionOf(live.scheduler, ticket),
       reason: () => waitsFor(live.scheduler, ticket.model),
+      etaMs: () => Math.round(startIn(live.scheduler, ticket, this.#options.now())),
       leave: () => {
         permit?.release(judge("ended"));
         // The ticket may ask somewhere else by now: that is another place.
@@ -222,12 +247,6 @@ export class Fleet {
         this.#run(live, { type: "cancel", ticket });
       },
     };
-  }
-
-  /** How long a request of this model that came now would wait there, milliseconds, at least 1. */
-  expectedWaitMs(backend: string, model: string): number {
-    const live = this.#lives.get(backend);
-    return live === undefined ? 1 : waitFor(live.scheduler, model);
   }
 
   /** How long the last load of a model there ran within `from` and now, and since when; null: it did not. */
@@ -348,9 +367,8 @@ export class Fleet {
       this.#asking.delete(effect.ticket);
       switch (effect.type) {
         case "grant": {
-          const permit = this.#permit(live, effect.ticket, asking?.target);
-          if (asking === undefined || permit === null) break;
-          asking.decide({ type: "granted", permit });
+          const permit = this.#grant(live, effect.ticket, asking?.target);
+          if (permit !== null) asking?.decide({ type: "granted", permit });
           break;
         }
         case "reselect":
@@ -363,7 +381,8 @@ export class Fleet {
           if (cause === "load_failed" && this.#isServedElsewhere(live, effect.ticket)) {
             asking?.decide({ type: "reselect" });
           } else {
-            asking?.decide({ type: "refused", cause, retryAfterMs: effect.retryAfterMs });
+            const retryAfterMs = effect.retryAfterMs * (1 + JITTER * this.#options.random());
+            asking?.decide({ type: "refused", cause, retryAfterMs });
           }
           break;
         }
@@ -409,63 +428,26 @@ export class Fleet {
     }, delay);
   }
 
-  #permit(live: Live, ticket: Ticket, target: Target | undefined): Permit | null {
+  /** Null where nobody asks any more: then the slot is free again. */
+  #grant(live: Live, ticket: Ticket, target: Target | undefined): Permit | null {
     const { now, random } = this.#options;
-    const { model } = ticket;
-    const grantedAt = now();
-    const isTrial =
-      live.health === "unhealthy" || live.guard.admits(model, this.breaker, grantedAt) !== "any";
-    const passage = live.guard.begin(model);
-    let trials = isTrial ? 1 : 0;
-    live.trials += trials;
-    const tried = () => {
-      live.trials -= trials;
-      trials = 0;
-    };
-    const end = (verdict: Verdict, tokens: number | null) => {
-      tried();
-      const opened = live.guard.settle(passage, verdict, this.breaker, now(), random());
-      // Before the slot comes free: nobody is to follow there.
-      if (opened.backend) this.#run(live, { type: "recall" });
-      else if (opened.model) this.#run(live, { type: "recall", model });
-      const serviceMs = verdict.outcome === "success" ? now() - grantedAt : null;
-      const heldUntil = verdict.outcome === "saturated" ? now() + HOLD_MS : null;
-      this.#run(live, { type: "complete", ticket, serviceMs, tokens, heldUntil });
-      if (live.scheduler.backend.used === 0) this.#leaving.delete(live);
-      this.#offer();
-    };
-    // Nobody asks any more: the slot is free again.
+    const grant = new Grant(live, ticket, {
+      now,
+      random,
+      breaker: () => this.breaker,
+      run: (event) => this.#run(live, event),
+      offer: () => {
+        if (live.scheduler.backend.used === 0) this.#leaving.delete(live);
+        this.#offer();
+      },
+    });
     if (target === undefined) {
-      end(judge("ended"), 0);
+      grant.end(judge("ended"), 0);
       return null;
     }
-    let held = true;
-    return {
-      target,
-      connection: this.#connection(live),
-      engine: live.engine,
-      release(verdict, answered) {
-        if (!held) return;
-        held = false;
-        if (verdict.outcome === "failure") live.failedAt = now();
-        if (answered !== undefined) live.observed.add(answered);
-        // Without an attempt it was given back unused.
-        end(verdict, answered === undefined ? 0 : answered.tokens);
-      },
-      proved: () => {
-        const wasTrial = trials > 0;
-        tried();
-        live.guard.prove(passage, this.breaker);
-        // Open to all again: who waits elsewhere can start here.
-        if (wasTrial) this.#offer();
-      },
-      stalled() {
-        live.stalledAt = now();
-      },
-      flowed(at) {
-        live.lastChunkAt = at;
-      },
-    };
+    const session = sessionKey(ticket);
+    if (session !== null) this.#sessions.remember(session, live.id);
+    return grant.permit(target, this.#connection(live));
   }
 
   /** Room came free somewhere: a cap shared with others, or a slot that nobody here waits for. */
@@ -480,7 +462,9 @@ export class Fleet {
       for (const model of live.scheduler.lanes.keys()) {
         const head = nextOf(live.scheduler, model);
         if (head === undefined) continue;
-        if (!lives.some((other) => isBetter(other, live, head, this.breaker, now))) continue;
+        const guesses = this.#guesses(model);
+        const isBest = (other: Live) => isBetter(other, live, head, this.breaker, guesses, now);
+        if (!lives.some(isBest)) continue;
         // One at a time: it asks there, which comes back here for the next.
         return this.#run(live, { type: "elsewhere", model });
       }

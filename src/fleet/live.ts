@@ -4,17 +4,19 @@ import {
   coolsUntil,
   createScheduler,
   hasRoom,
-  isVacant,
   type SchedulerState,
   type Ticket,
 } from "../core/lanes.ts";
+import type { Pace } from "../core/pace.ts";
+import { createPrefixIndex, type PrefixIndex } from "../core/prefix.ts";
 import type { Backend, Health, Model, Snapshot, Target } from "../core/snapshot.ts";
-import type { Candidate } from "../core/select.ts";
+import { asGoodAs } from "../core/select.ts";
 import { turnIn } from "../core/turns.ts";
 import type { Engine } from "../engines/engine.ts";
 import { engineOf } from "../engines/kinds.ts";
 import { Guard } from "./guard.ts";
 import { Observed } from "./observed.ts";
+import { firstTokenOf, type Guesses } from "./expect.ts";
 
 /** A load of a model; while it runs `to` is null. `reason`: why it failed. */
 export interface Load {
@@ -37,6 +39,10 @@ export interface Live {
   /** When a stream of it was given up because nothing came any more. */
   stalledAt: number;
   observed: Observed;
+  /** How fast each model begins its answers. */
+  paces: Map<string, Pace>;
+  /** Prompts that it has computed. */
+  prefixes: PrefixIndex;
   guard: Guard;
   /** Requests under way that are to show whether it works again. */
   trials: number;
@@ -68,6 +74,8 @@ export function createLive(backend: Backend): Live {
     lastChunkAt: -Infinity,
     stalledAt: -Infinity,
     observed: new Observed(),
+    paces: new Map(),
+    prefixes: createPrefixIndex(),
     guard: new Guard(),
     trials: 0,
     targets: new Map(),
@@ -82,25 +90,31 @@ const TIERS: readonly Health[] = ["healthy", "degraded", "unknown"];
 
 /**
  * Would a request that waits at `live` start at once at `other`, and would selection send it there?
- * Never to a worse tier of health: it would come straight back.
+ * Never to a worse tier of health, nor where its first token would come later: it would come straight
+ * back.
  */
 export function isBetter(
   other: Live,
   live: Live,
   ticket: Ticket,
   settings: BreakerSettings,
+  guesses: Guesses,
   now: number,
 ): boolean {
   const tier = TIERS.indexOf(other.health);
   const own = TIERS.indexOf(live.health);
-  return (
+  const isAble =
     other !== live &&
     tier !== -1 &&
     (own === -1 || tier <= own) &&
     !ticket.barred.has(other.id) &&
+    ticket.cramped?.has(other.id) !== true &&
     other.guard.admits(ticket.model, settings, now) === "any" &&
-    hasRoom(other.scheduler, ticket.model)
-  );
+    hasRoom(other.scheduler, ticket.model);
+  if (!isAble) return false;
+  if (own === -1 || tier < own) return true;
+  const here = firstTokenOf(live, ticket, guesses, now);
+  return firstTokenOf(other, ticket, guesses, now) <= asGoodAs(here);
 }
 
 /** Might this backend serve a request whose model could not be loaded at another? */
@@ -156,25 +170,6 @@ export function triedAgainIn(
     return at === null ? [] : [at - now];
   });
   return times.length === 0 ? null : Math.max(0, Math.min(...times));
-}
-
-/** A target with what selection looks at. */
-export function candidateOf(
-  { scheduler, guard, failedAt, trials }: Live,
-  { health, weight }: Backend,
-  target: Target,
-  model: string,
-  settings: BreakerSettings,
-  now: number,
-): Candidate {
-  const free = hasRoom(scheduler, model);
-  const vacant = free || isVacant(scheduler, model, now);
-  const load = scheduler.backend.used + scheduler.waiting;
-  const admits = guard.admits(model, settings, now);
-  // A trial does not wait in a queue, nor is a load tried again before its time.
-  const cools = coolsUntil(scheduler, model, now) !== null;
-  const open = cools || admits === null || (admits === "trial" && !vacant);
-  return { target, health, free, vacant, load, weight, failedAt, open, trying: trials > 0 };
 }
 
 /** A load that failed lately: why, and in how many milliseconds it is tried again. */

@@ -4,6 +4,9 @@ export interface Answered {
   at: number;
   /** From sent to the first token; null for answers in one piece. */
   ttftMs: number | null;
+  /** Of its prompt, those that the engine says it had computed before; null where it does not say. */
+  promptTokens: number;
+  cachedTokens: number | null;
   /** Of this answer alone, from its first token to its last; null where that cannot be told. */
   tokensPerSecond: number | null;
   /** The code of its error, null when it had none. */

@@ -135,7 +135,7 @@ export function settle(
     ["environment", variables],
     ["file", fileTree],
   ]);
-  const notes = [...strangers(environment), ...notYet(checked.config)];
+  const notes = strangers(environment);
   const { keyFiles } = read;
   return { config: checked.config, environmentKeys, keyFiles, source, values, notes };
 }
@@ -232,12 +232,4 @@ function strangeTenants(raw: unknown, environmentKeys: EnvironmentKey[]): Mistak
     expected: `a tenant that is listed in tenants: ${known.join(", ")}`,
     suggestion: suggest(name, known),
   }));
-}
-
-/** Sections that must be accepted before they are in effect: said at every start. */
-function notYet(config: Config): string[] {
-  return Object.entries(config.models)
-    .filter(([, { fallback }]) => fallback !== undefined)
-    .map(([name]) => pathText(["models", name, "fallback"]))
-    .map((key) => `${key}: accepted, in effect from a later version`);
 }

@@ -76,6 +76,8 @@ export class Metrics {
   readonly #interToken;
   readonly #duration;
   readonly #queueWait;
+  readonly #degraded;
+  readonly #etaError;
   readonly #loads;
   readonly #loadTime;
   readonly #reloads;
@@ -128,6 +130,15 @@ export class Metrics {
       "queue_wait_seconds",
       "Waiting for a slot, requests that were admitted",
     );
+    this.#degraded = this.#counter(
+      "degraded_total",
+      "Requests that a smaller model answered, by the one that was asked for",
+      ["model", "served"],
+    );
+    this.#etaError = this.#histogram(
+      "eta_error_seconds",
+      "How far off the start was that a request in a queue was told",
+    );
     this.#loads = this.#counter("model_loads_total", "Models that the gateway had loaded", [
       "model",
       "backend_id",
@@ -173,6 +184,15 @@ export class Metrics {
 
   attempt(backend: string, outcome: Outcome): void {
     this.#attempts.inc({ backend_id: backend, outcome });
+  }
+
+  degraded(model: string, served: string): void {
+    this.#degraded.inc({ model, served });
+  }
+
+  /** @param ms how far off it was, in either direction. */
+  etaError(model: string, backend: string, ms: number): void {
+    this.#etaError.observe({ model, backend_id: backend }, ms / 1000);
   }
 
   retry(backend: string, cause: string): void {

@@ -33,7 +33,7 @@ export interface RequestTrace {
   traceId: string | null;
   attempt(start: AttemptStart): AttemptTrace;
   /** Waiting has begun; call the result when it is over. */
-  queue(position: number, reason: string): () => void;
+  queue(position: number, reason: string, etaMs: number): () => void;
   /** A load that it has waited for, while it did; Unix milliseconds. */
   load(model: string, backend: string, from: number, to: number): void;
   event(name: string, attributes?: Attributes): void;
@@ -193,8 +193,12 @@ function traceRequest(
   return {
     traceId: span.spanContext().traceId,
     attempt: (start) => traceAttempt(api, tracer, context, start),
-    queue(position, reason) {
-      const attributes = { "tidegate.queue.position": position, "tidegate.queue.reason": reason };
+    queue(position, reason, etaMs) {
+      const attributes = {
+        "tidegate.queue.position": position,
+        "tidegate.queue.reason": reason,
+        "tidegate.queue.eta_ms": etaMs,
+      };
       const queue = tracer.startSpan("queue", { attributes }, context);
       return () => queue.end();
     },

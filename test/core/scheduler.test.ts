@@ -231,25 +231,54 @@ describe("complete", () => {
   it("learns how long a request holds its slot, for the retry-after of later refusals", () => {
     const places = { limit: 0, used: 0 };
     const state = scheduler({ places, slots: 2 });
-    const refused = () => retryAfterOf(arrive(state, ticket()));
+    const refused = (now = 0) => retryAfterOf(arrive(state, ticket("m", now, now + 1000), now));
     const [a, b, c] = [ticket(), ticket(), ticket()];
     arrive(state, a);
     arrive(state, b);
-    assert.equal(refused(), 5000, "one ahead of it over two slots, 10 s each until measured");
-    complete(state, a, 1000);
-    arrive(state, c);
-    assert.equal(refused(), 500);
-    complete(state, b, 2000);
-    arrive(state, ticket());
-    assert.equal(refused(), 600, "a fifth of the way from 1000 to 2000");
+    assert.equal(refused(), 10_000, "until measured");
+    complete(state, a, 1000, 20_000);
+    arrive(state, c, 20_000);
+    assert.equal(refused(20_000), 250, "b is overdue: as long as an overdue one takes");
+    complete(state, b, 2000, 30_000);
+    arrive(state, ticket(), 30_000);
+    assert.equal(refused(30_000), 300, "c is; a fifth of the way from 1000 to 2000");
   });
 
-  it("makes the retry-after grow with the queue", () => {
+  it("makes the retry-after grow with the queue where it may not wait for long", () => {
     const state = scheduler({ places: { limit: 2, used: 0 } });
     arrive(state, ticket());
     arrive(state, ticket());
     arrive(state, ticket());
-    assert.equal(retryAfterOf(arrive(state, ticket())), 30_000);
+    assert.equal(retryAfterOf(arrive(state, ticket())), 29_000);
+  });
+
+  it("tells one who may wait when there is a place again", () => {
+    const state = scheduler({ places: { limit: 2, used: 0 } });
+    for (let at = 0; at < 3; at++) arrive(state, ticket("m", 0, 60_000));
+    assert.equal(retryAfterOf(arrive(state, ticket("m", 0, 60_000))), 10_000);
+  });
+
+  it("keeps its promises: each counts as one that waits until its time has passed", () => {
+    const state = scheduler({ places: { limit: 0, used: 0 } });
+    arrive(state, ticket());
+    const refused = (now: number) => retryAfterOf(arrive(state, ticket("m", now, now + 1000), now));
+    assert.deepEqual([refused(0), refused(0), refused(0)], [10_000, 20_000, 30_000]);
+    assert.equal(refused(5000), 35_000);
+    assert.equal(refused(12_000), 32_500, "one has passed, one of ten seconds is overdue");
+  });
+
+  it("refuses at once who would start too late, and says when it would not", () => {
+    const state = scheduler();
+    const first = ticket();
+    arrive(state, first);
+    complete(state, first, 10_000);
+    arrive(state, ticket());
+    const patient = ticket("m", 0, 10_000);
+    assert.deepEqual(decided(arrive(state, patient)), [], "it starts just in time");
+    const late = ticket("m", 0, 15_000);
+    assert.deepEqual(arrive(state, late), [
+      { type: "refuse", ticket: late, cause: "late", retryAfterMs: 5000 },
+    ]);
   });
 
   it("learns nothing of one that tells nothing of how long answers take", () => {
@@ -265,7 +294,7 @@ describe("complete", () => {
     arrive(state, c);
     complete(state, c, null);
     arrive(state, ticket());
-    assert.equal(refused(), 2000, "as it was");
+    assert.equal(refused(), 4000, "as it was, behind one who was told the same");
   });
 
   it("gives a retry-after above zero though requests have taken no time", () => {
@@ -478,8 +507,8 @@ describe("a held backend", () => {
     assert.equal(state.backend.used, 1);
     assert.equal(hasRoom(state, "m"), false);
     assert.deepEqual(step(state, { type: "room" }, 500), []);
-    const late = ticket("m", 500, 700);
-    assert.deepEqual(arrive(state, late, 500), [{ type: "timer", at: 700 }]);
+    const late = ticket("m", 500, 800);
+    assert.deepEqual(arrive(state, late, 500), [{ type: "timer", at: 800 }]);
     assert.deepEqual(decided(step(state, configuration({ slots: 9 }), 600)), []);
     assert.deepEqual(
       [...waiting, late].map((each) => positionOf(state, each)),
@@ -706,7 +735,9 @@ class World {
       case "refuse": {
         const places = this.placesOf(of.model);
         const taken = this.sites.flatMap((each) => this.waitingOf(each, of.model)).length;
-        assert(isArrival && taken >= places.limit, "refuses only arrivals, only when full");
+        assert(isArrival, "refuses only arrivals");
+        if (effect.cause === "late") assert(!this.couldStart(site, of.model) || queue.length > 0);
+        else assert(taken >= places.limit, "only when full");
         assert(effect.retryAfterMs > 0 && Number.isFinite(effect.retryAfterMs));
         break;
       }

@@ -6,12 +6,20 @@ import { select, type Candidate, type Credit } from "../../src/core/select.ts";
 import type { Health } from "../../src/core/snapshot.ts";
 import { aTarget } from "../support/snapshot.ts";
 
+/** Without more words vacant where it is free, and its first token comes when it starts. */
 function candidate(backend: string, more: Partial<Omit<Candidate, "target">> = {}): Candidate {
+  const { free = true, startMs = free ? 0 : 1000 } = more;
   return {
     target: aTarget(backend, "m", { slots: 4 }),
     health: "healthy",
-    free: true,
-    load: 0,
+    startMs,
+    firstTokenMs: startMs,
+    cachedTokens: 0,
+    free,
+    vacant: free,
+    resident: true,
+    familiar: false,
+    roomy: true,
     weight: 1,
     failedAt: null,
     open: false,
@@ -27,38 +35,55 @@ const pick = (candidates: readonly Candidate[], credit: Credit = new Map()) => {
 
 describe("select", () => {
   it("takes the only one, and nobody when there is nobody", () => {
-    assert.deepEqual(pick([candidate("a", { load: 99, free: false })]), ["a", "only"]);
+    assert.deepEqual(pick([candidate("a", { startMs: 1e9, free: false })]), ["a", "only"]);
     assert.equal(pick([]), null);
   });
 
   it("goes to the healthy, then the degraded, then the unknown, however busy they are", () => {
     const healths: Health[] = ["unhealthy", "unknown", "degraded", "healthy"];
     const tiers = healths.map((health) =>
-      candidate(health, { health, free: health === "unhealthy", load: healths.indexOf(health) }),
+      candidate(health, { health, startMs: 10_000 * healths.indexOf(health) }),
     );
     assert.deepEqual(pick(tiers), ["healthy", "only"]);
     assert.deepEqual(pick(tiers.slice(0, 3)), ["degraded", "only"]);
     assert.deepEqual(pick(tiers.slice(0, 2)), ["unknown", "only"]);
   });
 
-  it("prefers one that starts at once to one with less load per weight", () => {
-    const full = candidate("full", { free: false, load: 1, weight: 100 });
-    const free = candidate("free", { load: 3 });
-    assert.deepEqual(pick([full, free]), ["free", "least_busy"]);
+  it("goes where the first token comes first, not where it starts first", () => {
+    const full = candidate("full", { free: false, startMs: 400, firstTokenMs: 500 });
+    const slow = candidate("slow", { firstTokenMs: 3000 });
+    assert.deepEqual(pick([slow, full]), ["full", "least_busy"]);
   });
 
-  it("chooses the least load per weight", () => {
-    const small = candidate("small", { load: 1, weight: 1 });
-    const big = candidate("big", { load: 3, weight: 4 });
-    assert.deepEqual(pick([small, big]), ["big", "least_busy"]);
-    const fuller = candidate("big", { load: 5, weight: 4 });
-    assert.deepEqual(pick([small, fuller]), ["small", "least_busy"]);
+  it("takes as equals what is within 50 ms or a tenth of the first, and of those who starts at once", () => {
+    const best = candidate("best", { free: false, startMs: 40, firstTokenMs: 40 });
+    assert.deepEqual(pick([best, candidate("free", { firstTokenMs: 90 })]), ["free", "least_busy"]);
+    assert.deepEqual(pick([best, candidate("free", { firstTokenMs: 91 })]), ["best", "least_busy"]);
+    const late = candidate("late", { free: false, startMs: 10_000, firstTokenMs: 10_000 });
+    assert.equal(pick([late, candidate("free", { firstTokenMs: 11_000 })])?.[0], "free");
+    assert.equal(pick([late, candidate("free", { firstTokenMs: 11_001 })])?.[0], "late");
   });
 
-  it("compares those that are full by the same measure when none is free", () => {
-    const long = candidate("long", { free: false, load: 9 });
-    const short = candidate("short", { free: false, load: 4 });
-    assert.deepEqual(pick([long, short]), ["short", "least_busy"]);
+  it("says that a prefix has decided, or what is loaded", () => {
+    const knows = candidate("knows", { cachedTokens: 5000, firstTokenMs: 100 });
+    assert.deepEqual(pick([knows, candidate("b", { firstTokenMs: 5000 })]), ["knows", "prefix"]);
+    const cold = candidate("cold", { resident: false, free: false, startMs: 10_000 });
+    assert.deepEqual(pick([cold, candidate("b")]), ["b", "resident"]);
+  });
+
+  it("goes back among equals to the one that knows the session, and only there", () => {
+    const credit: Credit = new Map();
+    const known = candidate("b", { familiar: true });
+    for (let n = 0; n < 3; n++) assert.deepEqual(pick([candidate("a"), known], credit)?.[0], "b");
+    const busy = candidate("b", { familiar: true, free: false });
+    assert.deepEqual(pick([candidate("a"), busy]), ["a", "least_busy"]);
+  });
+
+  it("prefers the context that is large enough; where none is any may try", () => {
+    const small = candidate("small", { roomy: false });
+    const large = candidate("large", { free: false, startMs: 60_000 });
+    assert.deepEqual(pick([small, large]), ["large", "only"]);
+    assert.deepEqual(pick([small]), ["small", "only"]);
   });
 
   it("lets weights decide among equals, evenly spread and not in bursts", () => {
@@ -84,7 +109,7 @@ describe("select", () => {
 
   it("does not touch the credit where load or health has decided", () => {
     const credit: Credit = new Map();
-    pick([candidate("a", { load: 1 }), candidate("b")], credit);
+    pick([candidate("a", { firstTokenMs: 60 }), candidate("b")], credit);
     pick([candidate("a", { health: "degraded" }), candidate("b")], credit);
     pick([candidate("a", { health: "unhealthy" })], credit);
     assert.deepEqual(
@@ -123,42 +148,29 @@ describe("select", () => {
     assert.equal(picks.filter((each) => each === "a").length, 100);
   });
 
-  it("settles by weight under load too: the running requests divide like the weights", () => {
-    const two = [candidate("a", { weight: 1 }), candidate("b", { weight: 3 })];
-    const credit: Credit = new Map();
-    for (let n = 0; n < 40; n++) {
-      const chosen = pick(two, credit)?.[0];
-      for (const each of two) if (each.target.backend === chosen) each.load++;
-    }
-    assert.deepEqual(
-      two.map((each) => each.load),
-      [10, 30],
-    );
-  });
-
   it("passes over those whose breaker is open, however healthy and idle they are", () => {
     const open = candidate("open", { open: true });
-    const busy = candidate("busy", { free: false, load: 9 });
+    const busy = candidate("busy", { free: false, startMs: 9000 });
     assert.deepEqual(pick([open, busy]), ["busy", "only"]);
-    const poor = candidate("poor", { health: "unknown", free: false, load: 9 });
+    const poor = candidate("poor", { health: "unknown", free: false, startMs: 9000 });
     assert.deepEqual(pick([open, poor]), ["poor", "only"]);
-    assert.deepEqual(pick([open, candidate("a", { load: 1 }), candidate("b")]), [
+    assert.deepEqual(pick([open, candidate("a", { firstTokenMs: 100 }), candidate("b")]), [
       "b",
       "least_busy",
     ]);
   });
 
   it("does not mind a trial that runs where another can be used", () => {
-    const trying = candidate("trying", { open: true, trying: true, load: 1 });
+    const trying = candidate("trying", { open: true, trying: true });
     assert.deepEqual(pick([trying, candidate("a")]), ["a", "only"]);
     // Half-open, with room for a further trial: it is no worse than the others.
-    const second = candidate("second", { trying: true, load: 1 });
+    const second = candidate("second", { trying: true });
     assert.deepEqual(pick([second]), ["second", "only"]);
   });
 
   it("never goes to a barred one", () => {
     const barred = candidate("barred", { barred: true });
-    assert.deepEqual(pick([barred, candidate("a", { free: false, load: 5 })]), ["a", "only"]);
+    assert.deepEqual(pick([barred, candidate("a", { free: false })]), ["a", "only"]);
     assert.equal(pick([barred]), null);
     assert.equal(pick([candidate("barred", { barred: true, health: "unhealthy" })]), null);
   });
@@ -168,7 +180,7 @@ describe("select", () => {
     const one = fc.record({
       health: fc.constantFrom<Health>("healthy", "degraded", "unknown", "unhealthy", "unhealthy"),
       free: fc.boolean(),
-      load: fc.nat({ max: 5 }),
+      firstTokenMs: fc.nat({ max: 300 }),
       weight: fc.integer({ min: 1, max: 4 }),
       failedAt: fc.option(fc.integer({ min: 1, max: 100 })),
       open: fc.boolean(),
@@ -189,13 +201,14 @@ describe("select", () => {
           assert(chosen !== undefined && rankOf(chosen) === best);
           assert.notEqual(selection?.reason, "trial");
           const rivals = all.filter((other) => rankOf(other) === best);
-          assert(chosen.free || rivals.every(({ free }) => !free), "a free one was passed over");
-          for (const rival of rivals.filter(({ free }) => free === chosen.free)) {
-            assert(chosen.load / chosen.weight <= rival.load / rival.weight);
-          }
+          const first = Math.min(...rivals.map(({ firstTokenMs }) => firstTokenMs));
+          const latest = first + Math.max(50, first / 10);
+          assert(chosen.firstTokenMs <= latest, "it is as good as the best");
+          const better = rivals.filter(({ free, firstTokenMs }) => free && firstTokenMs <= latest);
+          assert(chosen.free || better.length === 0, "a free one was passed over");
           return;
         }
-        const able = all.filter((other) => rankOf(other) === 3 && other.free);
+        const able = all.filter((other) => rankOf(other) === 3 && other.vacant);
         const isTaken = all.some(({ trying }) => trying);
         assert.equal(selection === null, isTaken || able.length === 0);
         if (chosen === undefined) return;
@@ -235,13 +248,9 @@ describe("trials", () => {
     }
   });
 
-  it("are not held up by what else runs there: it began when all was well", () => {
-    assert.deepEqual(pick([{ ...broken("a", 10), load: 3 }]), ["a", "trial"]);
-  });
-
   it("go only where they start at once: nobody waits for a backend that may be dead", () => {
-    assert.equal(pick([{ ...open("a", 10), free: false }]), null);
-    assert.deepEqual(pick([{ ...open("a", 10), free: false }, broken("b", 20)]), ["b", "trial"]);
+    assert.equal(pick([{ ...open("a", 10), vacant: false }]), null);
+    assert.deepEqual(pick([{ ...open("a", 10), vacant: false }, broken("b", 20)]), ["b", "trial"]);
   });
 
   it("rotate: each failure puts that backend last", () => {
@@ -255,7 +264,7 @@ describe("trials", () => {
   });
 
   it("are not needed while a backend of unknown health is there", () => {
-    const fresh = candidate("b", { health: "unknown", load: 3 });
+    const fresh = candidate("b", { health: "unknown" });
     assert.deepEqual(pick([broken("a", null), open("c", null), fresh]), ["b", "only"]);
   });
 });

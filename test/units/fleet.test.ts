@@ -94,11 +94,17 @@ class World {
     return [lane?.running ?? 0, lane?.waiting ?? 0];
   }
 
-  candidate(backend: string, model = "m") {
+  /** As a request that came now would find them. */
+  candidates(model: string, more: Partial<Ticket> = {}) {
     const found = this.snapshot.models.find(({ name }) => name === model);
-    assert(found !== undefined);
-    const candidates = this.fleet.candidates(this.snapshot, found);
-    return candidates.find(({ target }) => target.backend === backend);
+    if (found === undefined) return [];
+    const { now: arrivedAt } = this;
+    const ticket = { ...TICKET, id: "one", model, arrivedAt, deadlineAt: Infinity, ...more };
+    return this.fleet.candidates(this.snapshot, found, ticket);
+  }
+
+  candidate(backend: string, model = "m", more: Partial<Ticket> = {}) {
+    return this.candidates(model, more).find(({ target }) => target.backend === backend);
   }
 }
 
@@ -204,7 +210,7 @@ describe("permits", () => {
     const world = new World(one);
     assert.equal(world.fleet.lastChunkAt("a"), -Infinity);
     const { permit } = world.ask("a");
-    permit.flowed(1234);
+    permit.flowed(1234, 0);
     assert.equal(world.fleet.lastChunkAt("a"), 1234);
     assert.equal(world.fleet.lastChunkAt("nobody"), -Infinity);
   });
@@ -264,7 +270,8 @@ describe("tenants", () => {
   const by = (world: World, flow: string, more: Partial<Ticket> = {}) =>
     world.ask("a", "m", 60_000, { flow, ...more });
   const told = (tokens: number | null) => {
-    return { at: 1, ttftMs: null, tokensPerSecond: null, error: null, tokens };
+    const prompt = { promptTokens: 0, cachedTokens: null };
+    return { at: 1, ttftMs: null, tokensPerSecond: null, error: null, tokens, ...prompt };
   };
   /** Ends what runs, with what it is said to have been, and tells who has been granted by it. */
   const next = (all: Asking[], ends: Asking, tokens: number | null = null): Asking | undefined => {
@@ -570,7 +577,7 @@ describe("a new snapshot", () => {
   it("keeps a backend's state while id, url and kind stay", () => {
     const world = new World(one);
     const running = world.ask("a");
-    running.permit.flowed(77);
+    running.permit.flowed(77, 0);
     const waiting = world.ask("a");
     world.apply({ backends: { a: { weight: 9, health: "degraded" } }, models: { m: { a: 1 } } });
     assert.deepEqual([waiting.said, waiting.position], [[], 0]);
@@ -616,16 +623,25 @@ describe("candidates", () => {
     const { target: _, ...a } = world.candidate("a") ?? assert.fail();
     assert.deepEqual(a, {
       health: "healthy",
+      startMs: 0,
+      firstTokenMs: 0,
+      cachedTokens: 0,
       free: true,
       vacant: true,
-      load: 3,
+      resident: true,
+      familiar: false,
+      roomy: true,
       weight: 3,
       failedAt: null,
       open: false,
       trying: false,
+      barred: false,
     });
     const b = world.candidate("b");
-    assert.deepEqual([b?.health, b?.free, b?.load, b?.target.model], ["unknown", false, 2, "m@b"]);
+    assert.deepEqual(
+      [b?.health, b?.free, b?.startMs, b?.target.model],
+      ["unknown", false, 10_000, "m@b"],
+    );
   });
 
   it("leave out the drained", () => {
@@ -673,7 +689,9 @@ describe("usage", () => {
 
   it("has what the answers of each backend showed", () => {
     const world = new World(two);
-    const answered = { at: 5, ttftMs: 40, tokensPerSecond: 10, error: null, tokens: 9 };
+    const prompt = { promptTokens: 4, cachedTokens: null };
+    const speed = { ttftMs: 40, tokensPerSecond: 10 };
+    const answered = { at: 5, error: null, tokens: 9, ...speed, ...prompt };
     world.ask("a").permit.release(SUCCESS, answered);
     world.ask("a").permit.release(FAILURE, { ...answered, ttftMs: null, error: "upstream_error" });
     world.ask("a").permit.release(FAILURE);
@@ -711,7 +729,7 @@ describe("another configuration", () => {
         },
       );
     ask();
-    permits[0]?.flowed(7);
+    permits[0]?.flowed(7, 0);
     apiKey = "new";
     fleet.apply({ ...snapshot, version: 2 });
     ask();
@@ -766,7 +784,7 @@ describe("a backend that goes and comes back", () => {
   it("runs what it ran: its slots are not free twice", () => {
     const world = new World({ ...one, models: { m: { a: 2 } } });
     const [first, second] = [world.ask("a"), world.ask("a")];
-    first.permit.flowed(11);
+    first.permit.flowed(11, 0);
     const waiting = world.ask("a");
     world.apply(none);
     assert.deepEqual(waiting.said, ["reselect"]);
@@ -798,7 +816,7 @@ describe("a backend that goes and comes back", () => {
   it("is another one when everything had ended, or at another place", () => {
     const world = new World(one);
     const running = world.ask("a");
-    running.permit.flowed(3);
+    running.permit.flowed(3, 0);
     world.apply({ ...one, backends: { a: { url: "http://elsewhere" } } });
     assert.deepEqual(world.usage("a"), [0, 0]);
     assert.equal(world.fleet.lastChunkAt("a"), -Infinity);
@@ -844,9 +862,7 @@ describe("a breaker", () => {
       .breakers()
       .find((each) => each.backend === backend && each.model === (model ?? null))?.state;
   const pick = (world: World, name = "m") => {
-    const model = world.snapshot.models.find((each) => each.name === name);
-    assert(model !== undefined);
-    const selection = select(world.fleet.candidates(world.snapshot, model), new Map());
+    const selection = select(world.candidates(name), new Map());
     return selection === null ? null : [selection.target.backend, selection.reason];
   };
 
@@ -1182,7 +1198,7 @@ describe("a stream that stands still", () => {
     const { fleet } = world;
     assert.equal(fleet.isStuck("a"), false, "nothing has stood still yet");
     const asked = world.ask("a");
-    asked.permit.flowed(world.now);
+    asked.permit.flowed(world.now, 0);
     world.advance(10);
     asked.permit.stalled();
     assert.deepEqual(
@@ -1190,7 +1206,7 @@ describe("a stream that stands still", () => {
       [true, false, false],
     );
     world.advance(10);
-    asked.permit.flowed(world.now);
+    asked.permit.flowed(world.now, 0);
     assert.equal(fleet.isStuck("a"), false, "something flows");
     world.advance(10);
     asked.permit.stalled();
@@ -1453,15 +1469,13 @@ class Drive {
     return this.#isSpread && free !== undefined ? free.target.backend : backend;
   }
 
-  #usable(name: string) {
-    const { snapshot, fleet } = this.world;
-    const model = snapshot.models.find((each) => each.name === name);
-    const candidates = model === undefined ? [] : fleet.candidates(snapshot, model);
+  #usable(name: string, as: Partial<Ticket> = {}) {
+    const candidates = this.world.candidates(name, as);
     return candidates.filter(({ health }) => health !== "unhealthy");
   }
 
   #chooseAgain(each: Asking): void {
-    const usable = this.#usable(each.ticket.model);
+    const usable = this.#usable(each.ticket.model, each.ticket);
     const chosen = usable.find(({ free }) => free) ?? usable[0];
     if (chosen === undefined) this.end(each);
     else each.enqueue(chosen.target.backend);
@@ -1661,7 +1675,7 @@ class Guarded {
     const { world } = this;
     switch (step.type) {
       case "ask":
-        this.#choose(step.model, (backend) =>
+        this.#choose(step.model, step.claim, (backend) =>
           world.ask(backend, step.model, step.patience, step.claim),
         );
         break;
@@ -1710,11 +1724,9 @@ class Guarded {
   }
 
   /** Sends a request where selection says; it is not begun where there is nowhere to go. */
-  #choose(name: string, send: (backend: string) => Asking): boolean {
-    const { snapshot, fleet } = this.world;
-    const model = snapshot.models.find((each) => each.name === name);
-    const candidates = model === undefined ? [] : fleet.candidates(snapshot, model);
-    const selection = select(candidates, fleet.creditOf(name));
+  #choose(name: string, as: Partial<Ticket>, send: (backend: string) => Asking): boolean {
+    const candidates = this.world.candidates(name, as);
+    const selection = select(candidates, this.world.fleet.creditOf(name));
     if (selection === null) return false;
     const { backend } = selection.target;
     const chosen = candidates.find(({ target }) => target.backend === backend);
@@ -1794,7 +1806,7 @@ class Guarded {
         each.enqueue(backend);
         return each;
       };
-      if (!this.#choose(each.ticket.model, again)) this.#end(each);
+      if (!this.#choose(each.ticket.model, each.ticket, again)) this.#end(each);
     }
     return true;
   }
@@ -1823,9 +1835,7 @@ class Guarded {
 
   /** Whoever waits could start there at once. */
   #isIdle(backend: string, name: string): boolean {
-    const { snapshot, fleet } = this.world;
-    const model = snapshot.models.find((each) => each.name === name);
-    const candidates = model === undefined ? [] : fleet.candidates(snapshot, model);
+    const candidates = this.world.candidates(name);
     const found = candidates.find(({ target }) => target.backend === backend);
     const isClosed = this.#states(backend, name).every((state) => state === "closed");
     return found?.health === "healthy" && found.free && isClosed;
@@ -1871,8 +1881,8 @@ describe("any order of verdicts and snapshots", () => {
         world.advance(20_000);
         for (const id of BACKENDS) {
           for (const model of MODELS) {
-            const { open: isOpen, trying, load, free } = world.candidate(id, model) ?? {};
-            assert.deepEqual([isOpen, trying, load, free], [false, false, 0, true], id);
+            const { open: isOpen, trying, startMs, free } = world.candidate(id, model) ?? {};
+            assert.deepEqual([isOpen, trying, startMs, free], [false, false, 0, true], id);
             world.ask(id, model).permit.release(SUCCESS);
           }
         }

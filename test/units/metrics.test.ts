@@ -86,6 +86,8 @@ describe("what there is", () => {
     tidegate_tenant_tokens_total: "counter",
     tidegate_cache_lookups_total: "counter",
     tidegate_model_loads_total: "counter",
+    tidegate_degraded_total: "counter",
+    tidegate_eta_error_seconds: "histogram",
     process_cpu_seconds_total: "counter",
     tidegate_ttft_seconds: "histogram",
     tidegate_inter_token_seconds: "histogram",

@@ -5,7 +5,16 @@ import fc from "fast-check";
 import { Observed, type Answered } from "../../src/fleet/observed.ts";
 
 function answered(more: Partial<Answered> = {}): Answered {
-  return { at: 1, ttftMs: null, tokensPerSecond: null, error: null, tokens: null, ...more };
+  const prompt = { promptTokens: 0, cachedTokens: null };
+  return {
+    at: 1,
+    ttftMs: null,
+    tokensPerSecond: null,
+    error: null,
+    tokens: null,
+    ...prompt,
+    ...more,
+  };
 }
 
 function afterTtfts(ttfts: readonly number[]): Observed {
