@@ -90,8 +90,8 @@ const TIERS: readonly Health[] = ["healthy", "degraded", "unknown"];
 
 /**
  * Would a request that waits at `live` start at once at `other`, and would selection send it there?
- * Never to a worse tier of health, nor where its first token would come later: it would come straight
- * back.
+ * Never to a worse tier of health or a smaller context, nor, among equals in that, where its first token
+ * would come later: it would come straight back.
  */
 export function isBetter(
   other: Live,
@@ -112,7 +112,7 @@ export function isBetter(
     other.guard.admits(ticket.model, settings, now) === "any" &&
     hasRoom(other.scheduler, ticket.model);
   if (!isAble) return false;
-  if (own === -1 || tier < own) return true;
+  if (own === -1 || tier < own || ticket.cramped?.has(live.id) === true) return true;
   const here = firstTokenOf(live, ticket, guesses, now);
   return firstTokenOf(other, ticket, guesses, now) <= asGoodAs(here);
 }
