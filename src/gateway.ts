@@ -100,6 +100,7 @@ export async function startGateway(
     resolve: host.resolve,
     publish: (snapshot) => fleet.apply(snapshot),
     stuck: (id) => fleet.isStuck(id),
+    waitedFor: (id) => fleet.usage().some(({ backend, waiting }) => backend === id && waiting > 0),
     flowing: (id, withinMs) => now() - fleet.lastChunkAt(id) < withinMs,
   });
   const exchanges = new Set<Exchange>();
