@@ -97,7 +97,9 @@ const model = z.strictObject({
   warm: z
     .boolean()
     .default(false)
-    .describe("Loaded at start and after a reload, where it fits beside what is loaded."),
+    .describe(
+      "Loaded at start, after a reload and when a backend comes up, where it fits beside what is loaded.",
+    ),
   maxOutputTokens: count
     .optional()
     .describe("Cap on the tokens of one answer: put in where the client set none or more."),

@@ -117,7 +117,7 @@ function serves(ids: readonly string[], { id, group }: Wanted): boolean {
 }
 
 function targetOf(backend: Wanted, kind: Kind, listed: ListedModel): Target {
-  const { residency, sizeBytes, vramBytes, digest } = listed;
+  const { residency, sizeBytes, vramBytes, digest, contextLength } = listed;
   const slots = backend.concurrency ?? listed.slots ?? engineOf(kind).slots;
   return {
     backend: backend.id,
@@ -127,6 +127,7 @@ function targetOf(backend: Wanted, kind: Kind, listed: ListedModel): Target {
     sizeBytes,
     vramBytes,
     digest,
+    contextLength,
   };
 }
 

@@ -22,7 +22,7 @@ import {
   breakersOf,
   couldServe,
   createLive,
-  isBetter,
+  isBetterOff,
   failedLoad,
   keyOf,
   loadedIn,
@@ -463,8 +463,7 @@ export class Fleet {
         const head = nextOf(live.scheduler, model);
         if (head === undefined) continue;
         const guesses = this.#guesses(model);
-        const isBest = (other: Live) => isBetter(other, live, head, this.breaker, guesses, now);
-        if (!lives.some(isBest)) continue;
+        if (!isBetterOff(lives, live, head, this.breaker, guesses, now)) continue;
         // One at a time: it asks there, which comes back here for the next.
         return this.#run(live, { type: "elsewhere", model });
       }

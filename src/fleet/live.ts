@@ -89,32 +89,49 @@ export function createLive(backend: Backend): Live {
 const TIERS: readonly Health[] = ["healthy", "degraded", "unknown"];
 
 /**
- * Would a request that waits at `live` start at once at `other`, and would selection send it there?
- * Never to a worse tier of health, nor where its first token would come later: it would come straight
- * back.
+ * Could a request that waits at `live` start at once elsewhere, where selection would send it? Else it
+ * would come straight back.
  */
-export function isBetter(
-  other: Live,
+export function isBetterOff(
+  lives: Iterable<Live>,
   live: Live,
   ticket: Ticket,
   settings: BreakerSettings,
   guesses: Guesses,
   now: number,
 ): boolean {
-  const tier = TIERS.indexOf(other.health);
-  const own = TIERS.indexOf(live.health);
-  const isAble =
-    other !== live &&
-    tier !== -1 &&
-    (own === -1 || tier <= own) &&
-    !ticket.barred.has(other.id) &&
-    ticket.cramped?.has(other.id) !== true &&
-    other.guard.admits(ticket.model, settings, now) === "any" &&
-    hasRoom(other.scheduler, ticket.model);
-  if (!isAble) return false;
-  if (own === -1 || tier < own) return true;
-  const here = firstTokenOf(live, ticket, guesses, now);
-  return firstTokenOf(other, ticket, guesses, now) <= asGoodAs(here);
+  let best = TIERS.length;
+  let able: Live[] = [];
+  for (const other of lives) {
+    const tier = TIERS.indexOf(other.health);
+    if (tier === -1 || tier > best || !isOpenTo(other, ticket, settings, now)) continue;
+    if (tier < best) able = [];
+    best = tier;
+    able.push(other);
+  }
+  const roomy = able.filter(({ id }) => ticket.cramped?.has(id) !== true);
+  if (roomy.length > 0) able = roomy;
+  const times = able.map((other) => firstTokenOf(other, ticket, guesses, now));
+  const latest = asGoodAs(Math.min(...times));
+  return able.some((other, at) => {
+    return other !== live && (times[at] ?? 0) <= latest && hasRoom(other.scheduler, ticket.model);
+  });
+}
+
+/** Could it be served there, sooner or later? */
+function isOpenTo(
+  { id, scheduler, guard }: Live,
+  { model, barred }: Ticket,
+  settings: BreakerSettings,
+  now: number,
+): boolean {
+  return (
+    scheduler.available &&
+    scheduler.lanes.has(model) &&
+    !barred.has(id) &&
+    guard.admits(model, settings, now) === "any" &&
+    coolsUntil(scheduler, model, now) === null
+  );
 }
 
 /** Might this backend serve a request whose model could not be loaded at another? */
