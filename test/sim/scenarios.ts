@@ -39,7 +39,7 @@ const ONE: Speed = {
 };
 
 /** Three small models on a CPU, as measured: 0.17 s for an answer, 0.55 s for a load. */
-const SMALL: Box = { speed: ONE, maxLoaded: 1, loadMs: 550, unloadMs: 50, maxQueue: 512 };
+export const SMALL: Box = { speed: ONE, maxLoaded: 1, loadMs: 550, unloadMs: 50, maxQueue: 512 };
 const SMALL_TOKENS = 17;
 
 /** Models that fill a GPU: 4 s for an answer, 6 s for a load. */
@@ -58,7 +58,7 @@ function kindOf(model: string, answerTokens: number, spread: number): Kind {
   return { model, flow: "default", promptTokens: 0, answerTokens, spread };
 }
 
-function small(model: string): Kind {
+export function small(model: string): Kind {
   return kindOf(model, SMALL_TOKENS, 0);
 }
 
@@ -148,7 +148,7 @@ export const SCENARIOS: Readonly<Record<string, Scenario>> = {
     machine: on({ ...LARGE, maxLoaded: 3 }, ABC),
     groupBy: null,
     untilMs: 2 * HOUR,
-    clients: (seed) => poisson(createRandom(seed), ABC.map(large), 4000 / 4 / 3 / 0.6, HOUR),
+    clients: (seed) => poisson(createRandom(seed), ABC.map(large), 4000 / 4 / 3 / 0.6, HOUR / 2),
   },
   mix: {
     about: "three models, memory for one: independent requests at 30 % of what one can do",
