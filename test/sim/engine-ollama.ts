@@ -239,8 +239,11 @@ export function createOllama(clock: Clock, setting: OllamaSetting): Engine {
     },
     unload(model, done) {
       const runner = runners.get(model);
-      if (runner === undefined || runner.refs > 0) return done();
-      unload(runner, done);
+      if (runner === undefined) return done();
+      if (runner.refs === 0) return unload(runner, done);
+      // In use: it is said to be done, and goes when nobody uses it any more.
+      runner.keepAliveMs = 0;
+      done();
     },
   };
 }

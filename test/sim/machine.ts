@@ -54,7 +54,7 @@ export const direct: Policy = (clock, machine) => {
 };
 
 /** llama-swap in Ollama's place, on the same box, with one model at a time. */
-export const llamaSwap: Policy = (clock, machine) => {
+const llamaSwap: Policy = (clock, machine) => {
   const { speed, loadMs, unloadMs } = boxOf(machine);
   const engine = createLlamaSwap(clock, { speed, loadMs, unloadMs, limit: 10 });
   return { service: engine, engines: [engine] };

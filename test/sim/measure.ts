@@ -54,7 +54,7 @@ export function spreadOf(values: readonly number[]): Spread {
   return { mean, p50: at(0.5), p95: at(0.95), max: at(1) };
 }
 
-export function fateOf(traces: readonly Trace[]): Fate {
+function fateOf(traces: readonly Trace[]): Fate {
   const count = (ending: Trace["ending"]) => traces.filter((each) => each.ending === ending).length;
   const since = (time: "startedAt" | "firstTokenAt") => {
     return spreadOf(

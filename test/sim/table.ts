@@ -1,7 +1,7 @@
 import type { Fate, Measured } from "./measure.ts";
 
 /** Rows of text in columns; the first is left-aligned, the others are numbers. */
-export function columns(rows: readonly (readonly string[])[]): string {
+function columns(rows: readonly (readonly string[])[]): string {
   const widths: number[] = [];
   for (const row of rows) {
     for (const [at, cell] of row.entries()) widths[at] = Math.max(widths[at] ?? 0, cell.length);

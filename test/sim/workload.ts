@@ -134,7 +134,7 @@ export interface Chat {
 }
 
 /** Somebody who has one conversation after the other, each turn with everything said before. */
-export function talker(random: Random, name: string, chat: Chat, untilMs: number): Client {
+function talker(random: Random, name: string, chat: Chat, untilMs: number): Client {
   const own = fork(random);
   let history: Segment[] = [];
   let talks = 0;
