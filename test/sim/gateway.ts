@@ -11,6 +11,7 @@ import {
 import { step, type SchedulerEffect, type SchedulerEvent } from "../../src/core/scheduler.ts";
 import { select, type Candidate, type Credit } from "../../src/core/select.ts";
 import type { Clock } from "./clock.ts";
+import { createRandom } from "./random.ts";
 import {
   sizeOf,
   type Answer,
@@ -44,6 +45,8 @@ export const DEFAULTS = { turnMs: "auto", maxWaitMs: 120_000, maxLength: 512 } a
 const PROBE_MS = 5000;
 /** How long one that said that it is busy gets nothing: as in the fleet. */
 const HOLD_MS = 1000;
+/** Promises are spread upward, so that those who were refused at once do not come back at once. */
+const JITTER = 0.1;
 
 interface Live extends BackendSetting {
   scheduler: SchedulerState;
@@ -93,6 +96,7 @@ function candidateOf({ id, scheduler, weight }: Live, request: Request, now: num
  */
 export function createGateway(clock: Clock, setting: GatewaySetting): Service {
   const estimates = new Estimates();
+  const random = createRandom(1);
   const credits = new Map<string, Credit>();
   const places = new Map<string, Cap>();
   const jobs = new Map<Ticket, Job>();
@@ -145,7 +149,7 @@ export function createGateway(clock: Clock, setting: GatewaySetting): Service {
       case "expire":
         return end(jobs.get(effect.ticket) as Job, {
           type: "refused",
-          retryAfterMs: effect.retryAfterMs,
+          retryAfterMs: effect.retryAfterMs * (1 + JITTER * random()),
         });
     }
   }
