@@ -120,4 +120,6 @@ function printTables(runs: Record<string, Run>, seed: number) {
   process.stdout.write(`${LEGEND}\n`);
 }
 
+// Whoever reads only the beginning (`| head`) is not to see an error.
+process.stdout.on("error", () => {});
 main();
