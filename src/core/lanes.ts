@@ -28,6 +28,8 @@ export interface Prompt {
   chain: Chain;
   /** Names the conversation, where the client does. */
   session: string | null;
+  /** Its answer comes as a stream, which shows when the prompt has been computed. */
+  shows: boolean;
 }
 
 /** A request that has a slot. */

@@ -41,6 +41,8 @@ export interface Live {
   observed: Observed;
   /** How fast each model begins its answers. */
   paces: Map<string, Pace>;
+  /** Tokens of long prompts that it has been sent and is still computing, as far as streams show that. */
+  computing: number;
   /** Prompts that it has computed. */
   prefixes: PrefixIndex;
   guard: Guard;
@@ -75,6 +77,7 @@ export function createLive(backend: Backend): Live {
     stalledAt: -Infinity,
     observed: new Observed(),
     paces: new Map(),
+    computing: 0,
     prefixes: createPrefixIndex(),
     guard: new Guard(),
     trials: 0,

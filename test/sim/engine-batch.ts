@@ -32,6 +32,8 @@ interface Stream {
   left: number;
   /** What was left when its client went; null while it is there. */
   leftWhenGone: number | null;
+  /** Of its prompt's tokens those that need not be read. */
+  cached: number;
   over: boolean;
 }
 
@@ -91,6 +93,7 @@ export function createBatch(clock: Clock, speed: Speed, work: Work = createWork(
     const cached = cache.match(prompt);
     work.promptTokens += tokens;
     work.cachedTokens += cached;
+    stream.cached = cached;
     if (sameAs !== null) work.computed.set(sameAs, (work.computed.get(sameAs) ?? 0) + 1);
     isReading = true;
     clock.at(clock.now() + (tokens - cached) * speed.promptMs, () => {
@@ -104,7 +107,7 @@ export function createBatch(clock: Clock, speed: Speed, work: Work = createWork(
   function decode(stream: Stream) {
     if (stream.over) return;
     // Reading a prompt to its end gives the first token.
-    if (stream.leftWhenGone === null) stream.listener.firstToken?.();
+    if (stream.leftWhenGone === null) stream.listener.firstToken?.(stream.cached);
     settle();
     decoding.add(stream);
     if (stream.left <= NOTHING) finish(stream);
@@ -156,7 +159,14 @@ export function createBatch(clock: Clock, speed: Speed, work: Work = createWork(
     unload: null,
     ask(request, listener) {
       const left = request.answerTokens;
-      const stream: Stream = { request, listener, left, leftWhenGone: null, over: false };
+      const stream: Stream = {
+        request,
+        listener,
+        left,
+        leftWhenGone: null,
+        cached: 0,
+        over: false,
+      };
       queue.push(stream);
       start();
       return () => leave(stream);

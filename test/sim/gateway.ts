@@ -1,13 +1,13 @@
 import { Estimates } from "../../src/core/estimate.ts";
-import {
-  createScheduler,
-  hasRoom,
-  isVacant,
-  nextOf,
-  type Cap,
-  type SchedulerState,
-  type Ticket,
-} from "../../src/core/lanes.ts";
+import { nextOf, type Cap, type SchedulerState, type Ticket } from "../../src/core/lanes.ts";
+import { judge, SUCCESS } from "../../src/core/outcome.ts";
+import { Sessions } from "../../src/core/prefix.ts";
+import type { Backend, Target } from "../../src/core/snapshot.ts";
+import type { BreakerSettings } from "../../src/core/breaker.ts";
+import { candidateOf, guessesFrom, sessionKey } from "../../src/fleet/expect.ts";
+import { Grant } from "../../src/fleet/grant.ts";
+import { createLive, isBetterOff, type Live as Known } from "../../src/fleet/live.ts";
+import { promptOf } from "./prompt-text.ts";
 import { step, type SchedulerEffect, type SchedulerEvent } from "../../src/core/scheduler.ts";
 import { select, type Candidate, type Credit } from "../../src/core/select.ts";
 import type { Clock } from "./clock.ts";
@@ -43,12 +43,13 @@ export const DEFAULTS = { turnMs: "auto", maxWaitMs: 120_000, maxLength: 512 } a
 
 /** How often an engine is asked what it has loaded: `backends[].healthInterval`. */
 const PROBE_MS = 5000;
-/** How long one that said that it is busy gets nothing: as in the fleet. */
-const HOLD_MS = 1000;
 /** Promises are spread upward, so that those who were refused at once do not come back at once. */
 const JITTER = 0.1;
 
 interface Live extends BackendSetting {
+  backend: Backend;
+  /** What the fleet knows of it. */
+  known: Known;
   scheduler: SchedulerState;
   forgetTimer: () => void;
 }
@@ -65,29 +66,58 @@ interface Job {
   over: boolean;
 }
 
-/** What `select` looks at. Here, and nowhere else, is it said of a backend. */
-function candidateOf({ id, scheduler, weight }: Live, request: Request, now: number): Candidate {
-  const { model } = request;
-  const free = hasRoom(scheduler, model);
+/** Nobody sends anything to it. */
+const NO_TARGET: Target = {
+  backend: "",
+  model: "",
+  residency: "loaded",
+  slots: 0,
+  sizeBytes: null,
+  vramBytes: null,
+  digest: null,
+  contextLength: null,
+};
+
+/** As it is by default; nothing fails here. */
+const BREAKER: BreakerSettings = {
+  failureThreshold: 3,
+  resetTimeoutMs: 10_000,
+  halfOpenRequests: 1,
+};
+
+/** A backend as the fleet has it, of which the probes have told that it is there. */
+function snapshotOf({ id, weight }: BackendSetting): Backend {
   return {
-    target: {
-      backend: id,
-      model,
-      residency: scheduler.lanes.get(model)?.stay.residency ?? "cold",
-      slots: scheduler.lanes.get(model)?.slots.limit ?? 0,
-      sizeBytes: null,
-      vramBytes: null,
-      digest: null,
-    },
+    id,
+    kind: "ollama",
+    url: "",
     health: "healthy",
-    free,
-    vacant: free || isVacant(scheduler, model, now),
-    load: scheduler.backend.used + scheduler.waiting,
+    reason: "",
+    checkedAt: null,
+    drained: false,
     weight,
-    open: false,
-    trying: false,
-    failedAt: null,
+    concurrency: null,
+    gpu: null,
   };
+}
+
+/** What `select` looks at. Here, and nowhere else, is it asked of the fleet's own code. */
+function candidatesFor(
+  lives: readonly Live[],
+  ticket: Ticket,
+  last: string | null,
+  now: number,
+): Candidate[] {
+  const { model } = ticket;
+  const guesses = guessesFrom(
+    lives.map(({ known }) => known),
+    model,
+  );
+  return lives.map(({ id, backend, known, slots }) => {
+    const { residency = "cold" } = known.scheduler.lanes.get(model)?.stay ?? {};
+    const target: Target = { ...NO_TARGET, backend: id, model, residency, slots };
+    return candidateOf(known, backend, target, ticket, id === last, BREAKER, guesses, now);
+  });
 }
 
 /**
@@ -95,6 +125,7 @@ function candidateOf({ id, scheduler, weight }: Live, request: Request, now: num
  * are, and around them what the fleet does with clocks and sockets.
  */
 export function createGateway(clock: Clock, setting: GatewaySetting): Service {
+  const sessions = new Sessions();
   const estimates = new Estimates();
   const random = createRandom(1);
   const credits = new Map<string, Credit>();
@@ -109,7 +140,15 @@ export function createGateway(clock: Clock, setting: GatewaySetting): Service {
     places.set(model, { limit: setting.maxLength, used: 0 });
   }
   for (const backend of setting.backends) {
-    const live: Live = { ...backend, scheduler: createScheduler(), forgetTimer: () => {} };
+    const known = createLive(snapshotOf(backend));
+    known.health = "healthy";
+    const live: Live = {
+      ...backend,
+      backend: snapshotOf(backend),
+      known,
+      scheduler: known.scheduler,
+      forgetTimer: () => {},
+    };
     lives.set(backend.id, live);
     const { engine, slots } = backend;
     const loaded = new Set(engine.loaded());
@@ -176,8 +215,10 @@ export function createGateway(clock: Clock, setting: GatewaySetting): Service {
     for (const live of lives.values()) {
       for (const model of live.scheduler.waiting > 0 ? setting.models : []) {
         const head = nextOf(live.scheduler, model);
-        const isBetter = (other: Live) => other !== live && hasRoom(other.scheduler, model);
-        if (head === undefined || ![...lives.values()].some(isBetter)) continue;
+        if (head === undefined) continue;
+        const all = [...lives.values()].map(({ known }) => known);
+        const guesses = guessesFrom(all, model);
+        if (!isBetterOff(all, live.known, head, BREAKER, guesses, clock.now())) continue;
         // It asks there, and comes back here for the next.
         return run(live, { type: "elsewhere", model });
       }
@@ -187,9 +228,8 @@ export function createGateway(clock: Clock, setting: GatewaySetting): Service {
   /** Chooses a backend and asks there. */
   function place(job: Job) {
     const { model } = job.request;
-    const candidates = [...lives.values()].map((live) => {
-      return candidateOf(live, job.request, clock.now());
-    });
+    const last = sessions.last(sessionKey(job.ticket) ?? "");
+    const candidates = candidatesFor([...lives.values()], job.ticket, last, clock.now());
     const selection = select(candidates, credits.get(model) as Credit);
     const live = lives.get(selection?.target.backend ?? "");
     if (live === undefined) return end(job, { type: "refused", retryAfterMs: null });
@@ -200,27 +240,49 @@ export function createGateway(clock: Clock, setting: GatewaySetting): Service {
 
   function start(live: Live, job: Job) {
     const { request, listener, ticket } = job;
+    const session = sessionKey(ticket);
+    if (session !== null) sessions.remember(session, live.id);
     const grantedAt = clock.now();
+    const grant = new Grant(live.known, ticket, {
+      now: () => clock.now(),
+      random,
+      breaker: () => BREAKER,
+      run: (event) => run(live, event),
+      offer,
+    });
+    const promptTokens = sizeOf(request.prompt);
+    const shown = { promptTokens, tokensPerSecond: null, error: null };
+    let ttftMs: number | null = null;
+    let cachedTokens: number | null = null;
+    const permit = grant.permit(NO_TARGET, { id: live.id, url: "", apiKey: null });
     let answer: Answer | null = null;
-    const leave = live.engine.ask(request, {
+    const leaveEngine = live.engine.ask(request, {
       started: () => listener.started?.(),
-      firstToken: () => listener.firstToken?.(),
+      firstToken(cached) {
+        ttftMs = clock.now() - grantedAt;
+        cachedTokens = cached;
+        permit.proved();
+        listener.firstToken?.(cached);
+      },
       ended(ended) {
         answer = ended;
-        const isServed = ended.type === "served";
-        const serviceMs = isServed ? clock.now() - grantedAt : null;
-        const heldUntil = isServed ? null : clock.now() + HOLD_MS;
-        const tokens = isServed ? sizeOf(request.prompt) + ended.tokens : 0;
-        if (isServed) estimates.learnOutput(request.flow, request.model, ended.tokens);
         job.leave = null;
-        run(live, { type: "complete", ticket, serviceMs, tokens, heldUntil });
+        const isServed = ended.type === "served";
+        if (isServed) estimates.learnOutput(request.flow, request.model, ended.tokens);
+        const tokens = isServed ? promptTokens + ended.tokens : 0;
+        const seen = { ...shown, at: clock.now(), ttftMs, cachedTokens, tokens };
+        permit.release(isServed ? SUCCESS : judge("busy"), seen);
         // Too busy: back into the queue with its age.
         if (isServed) end(job, ended);
         else place(job);
-        offer();
       },
       released: (tokens) => listener.released?.(tokens),
     });
+    const leave = () => {
+      leaveEngine();
+      const seen = { ...shown, at: clock.now(), ttftMs, cachedTokens, tokens: null };
+      permit.release(judge("ended"), seen);
+    };
     // It may have been answered at once.
     if (answer === null) job.leave = leave;
   }
@@ -238,10 +300,7 @@ export function createGateway(clock: Clock, setting: GatewaySetting): Service {
     jobs.delete(job.ticket);
     const { ticket, live } = job;
     if (job.leave === null) run(live, { type: "cancel", ticket });
-    else {
-      job.leave();
-      run(live, { type: "complete", ticket, serviceMs: null, tokens: null, heldUntil: null });
-    }
+    else job.leave();
     offer();
   }
 
@@ -266,6 +325,7 @@ export function createGateway(clock: Clock, setting: GatewaySetting): Service {
         priority,
         weight: 1,
         tokens: sizeOf(request.prompt) + estimates.output(flow, model, null, null),
+        prompt: promptOf(request),
         barred: new Set(),
         arrivedAt: now,
         deadlineAt: now + setting.maxWaitMs,

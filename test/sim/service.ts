@@ -28,7 +28,8 @@ export type Answer =
 /** What happens to a request. Of one whose client has left only `released` is told. */
 export interface Listener {
   started?(): void;
-  firstToken?(): void;
+  /** @param cachedTokens of its prompt, as the engine counts them. */
+  firstToken?(cachedTokens: number): void;
   ended(answer: Answer): void;
   /** The engine has let go of it; `tokens` were made. Once, whatever became of it. */
   released?(tokens: number): void;
