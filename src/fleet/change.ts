@@ -17,6 +17,10 @@ export interface Loaded extends Changed {
   ms: number;
 }
 
+/** An engine that puts a model out once nothing runs there may learn late that a client has gone. */
+const GONE_LOOK_MS = 10;
+const GONE_MS = 5000;
+
 interface Wish {
   /** Null: none is loaded. */
   model: string | null;
@@ -26,6 +30,8 @@ interface Wish {
 /**
  * Has a backend put models out of memory and another into it, by their public names. Never rejects; it
  * ends after `limitMs` at the latest, or when the backend's `change` is aborted.
+ *
+ * @param look brings `live.loaded` up to date; false when the engine did not answer.
  */
 export async function changeModels(
   live: Live,
@@ -33,6 +39,7 @@ export async function changeModels(
   { model, unload }: Wish,
   limitMs: number,
   now: () => number,
+  look: () => Promise<boolean>,
 ): Promise<{ load: Load; changed: Changed }> {
   const load: Load = { from: now(), to: null, reason: "" };
   if (model !== null) live.loads.set(model, load);
@@ -45,7 +52,16 @@ export async function changeModels(
     () => controller.abort(new LoadFailed(late)),
     Math.min(limitMs, 2 ** 31 - 1),
   );
-  const changed = await askFor(live.engine, connection, names, controller.signal);
+  /** Else the engine would put out another one for what comes. */
+  const haveGone = async () => {
+    const until = now() + GONE_MS;
+    const isThere = async () => (await look()) && unload.some((each) => live.loaded.has(each));
+    for (let waitMs = GONE_LOOK_MS; now() < until && (await isThere()); waitMs *= 2) {
+      if (controller.signal.aborted) return;
+      await new Promise((resolve) => setTimeout(resolve, waitMs));
+    }
+  };
+  const changed = await askFor(live.engine, connection, names, controller.signal, haveGone);
   clearTimeout(timer);
   live.change = null;
   load.reason = changed.reason;
@@ -58,9 +74,11 @@ async function askFor(
   connection: Connection,
   { model, unload }: Wish,
   signal: AbortSignal,
+  haveGone: () => Promise<void>,
 ): Promise<Changed> {
   try {
     for (const each of unload) await engine.unload?.(connection, each, signal);
+    if (unload.length > 0 && model !== null) await haveGone();
     if (model === null) return { loaded: null, reason: "" };
     const isLoaded = (await engine.load?.(connection, model, signal)) ?? false;
     return { loaded: isLoaded ? true : null, reason: "" };

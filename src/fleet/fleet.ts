@@ -401,11 +401,12 @@ export class Fleet {
   async #change(live: Live, effect: Extract<SchedulerEffect, { type: "load" }>): Promise<void> {
     const { now, loaded: tell } = this.#options;
     const connection = this.#connection(live);
-    const { load, changed } = await changeModels(live, connection, effect, this.loadMs, now);
+    const look = () => this.#options.look(connection, live.engine);
+    const { load, changed } = await changeModels(live, connection, effect, this.loadMs, now, look);
     const { model } = effect;
     const ms = now() - load.from;
     if (model !== null) tell({ ...changed, backend: live.id, model, ms });
-    const wasSeen = await this.#options.look(connection, live.engine);
+    const wasSeen = await look();
     load.to = now();
     const loaded = wasSeen ? live.loaded : null;
     if (changed.loaded === false) this.#run(live, { type: "loadFailed", loaded });
