@@ -43,6 +43,7 @@ const EXPOSED = [
   "x-tidegate-reason",
   "x-tidegate-attempts",
   "x-tidegate-cache",
+  "x-tidegate-pinned",
   "age",
   "x-ratelimit-limit-requests",
   "x-ratelimit-remaining-requests",

@@ -66,6 +66,13 @@ const backend = z.strictObject({
     .optional()
     .describe("Requests at once in this backend, all models together. Absent: as the engine says."),
   weight: z.number().positive().default(1).describe("Its share among equals."),
+  gpu: z
+    .string()
+    .min(1)
+    .optional()
+    .describe(
+      "Backends with the same value share one GPU: where their models do not fit together, they take turns.",
+    ),
   healthInterval: ms.min(100).default(5000).describe("From probe to probe."),
   timeout: ms.min(100).default(3000).describe("For one probe; nothing else."),
   staleAfterMs: ms
@@ -97,7 +104,9 @@ const model = z.strictObject({
   warm: z
     .boolean()
     .default(false)
-    .describe("Loaded at start and after a reload, where it fits beside what is loaded."),
+    .describe(
+      "Loaded at start, after a reload and when a backend comes up, where it fits beside what is loaded.",
+    ),
   maxOutputTokens: count
     .optional()
     .describe("Cap on the tokens of one answer: put in where the client set none or more."),

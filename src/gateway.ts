@@ -10,6 +10,7 @@ import { limitsOf } from "./core/budget.ts";
 import { Estimates } from "./core/estimate.ts";
 import { RetryBudget } from "./core/retries.ts";
 import type { Snapshot } from "./core/snapshot.ts";
+import { comingUp } from "./core/warm.ts";
 import { waitingOf } from "./data/admit.ts";
 import type { Exchange } from "./data/exchange.ts";
 import { prepareAccess } from "./data/identify.ts";
@@ -82,6 +83,8 @@ export async function startGateway(
   const { log } = host;
   const now = () => performance.now();
   const startedAt = now();
+  /** Where models have been asked for that are to be there before anybody asks. */
+  let warmed: ReadonlySet<string> = new Set();
   const fleet = new Fleet({
     now,
     upstreamLimit: host.upstreamLimit,
@@ -98,8 +101,12 @@ export async function startGateway(
     now,
     random: Math.random,
     resolve: host.resolve,
-    publish: (snapshot) => fleet.apply(snapshot),
+    publish(snapshot) {
+      fleet.apply(snapshot);
+      warm(snapshot);
+    },
     stuck: (id) => fleet.isStuck(id),
+    waitedFor: (id) => fleet.usage().some(({ backend, waiting }) => backend === id && waiting > 0),
     flowing: (id, withinMs) => now() - fleet.lastChunkAt(id) < withinMs,
   });
   const exchanges = new Set<Exchange>();
@@ -129,8 +136,8 @@ export async function startGateway(
     sources,
     log,
     async swap(next) {
-      const { backends, probed } = await control.configure(next.config, () => take(next));
-      void probed.then(() => warm(next.config));
+      const { backends } = await control.configure(next.config, () => take(next));
+      warm(control.snapshot);
       return backends;
     },
     done: (ok) => plane.metrics?.reload(ok),
@@ -167,7 +174,6 @@ export async function startGateway(
   const { probed } = await control.configure(settings.config, () => {});
   void probed.then(() => {
     firstRound = true;
-    warm(settings.config);
   });
 
   function appOptions() {
@@ -207,9 +213,16 @@ export async function startGateway(
     fleet.loadMs = timeouts.loadMs;
   }
 
-  /** Has the models loaded that are to be there before anybody asks. */
-  function warm({ models }: Config) {
-    for (const [name, model] of Object.entries(models)) if (model.warm) fleet.warm(name, false);
+  /** Has the models loaded that are to be there before anybody asks, wherever they have come up. */
+  function warm(snapshot: Snapshot) {
+    const models = Object.entries(plane.config.models).filter(([, model]) => model.warm);
+    const { up, arrived } = comingUp(
+      snapshot,
+      models.map(([name]) => name),
+      warmed,
+    );
+    warmed = up;
+    for (const { model, backend } of arrived) fleet.warm(model, false, backend);
   }
 
   function tellLoad({ backend, model, loaded, reason, ms }: Loaded) {
@@ -259,6 +272,8 @@ export async function startGateway(
   function take({ config, environmentKeys, keyFiles }: Settings) {
     const before = plane.config;
     plane.config = config;
+    // A reload asks for them once more.
+    warmed = new Set();
     plane.access = prepareAccess(config, environmentKeys, keyFiles, plane.access);
     fleet.maxLength = config.queue.maxLength;
     fleet.breaker = config.circuitBreaker;

@@ -40,6 +40,8 @@ export interface ControlOptions {
   flowing: (id: string, withinMs: number) => boolean;
   /** Its streams stand still, whatever it answers. */
   stuck: (id: string) => boolean;
+  /** Requests wait for a slot there. */
+  waitedFor: (id: string) => boolean;
 }
 
 /** How long a first look at new backends may hold up what waits for them. */
@@ -60,7 +62,7 @@ export class Control {
   #warnings: readonly string[] = [];
 
   constructor(options: ControlOptions) {
-    const { log, now, random, resolve, flowing, stuck } = options;
+    const { log, now, random, resolve, flowing, stuck, waitedFor } = options;
     this.#log = log;
     this.#registry = new Registry((snapshot) => {
       options.publish(snapshot);
@@ -71,6 +73,7 @@ export class Control {
       seen: (id) => this.#registry.seen(id),
       flowing,
       stuck,
+      waitedFor,
       now,
       random,
     });

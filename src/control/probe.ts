@@ -102,6 +102,8 @@ export interface ProberOptions {
   flowing: (id: string, withinMs: number) => boolean;
   /** Its streams stand still, whatever it answers. */
   stuck: (id: string) => boolean;
+  /** Requests wait for a slot there. */
+  waitedFor: (id: string) => boolean;
   /** Monotonic milliseconds. */
   now: () => number;
   /** From 0 up to 1, for jitter. */
@@ -110,6 +112,23 @@ export interface ProberOptions {
 
 /** Probes come up to a tenth of the interval early, so that many gateways do not strike at once. */
 const JITTER = 0.1;
+
+/**
+ * While requests wait for a backend it is probed so often at least: others use the same engine, and what
+ * they have loaded or put out decides who is served next.
+ */
+const WAITED_FOR_MS = 2000;
+
+/**
+ * In how many milliseconds a probe is due, or it has to be asked again whether one is; 0: it is now.
+ *
+ * @param elapsed milliseconds since the last one began.
+ */
+export function untilProbe(elapsed: number, interval: number, isWaitedFor: boolean): number {
+  const due = isWaitedFor ? Math.min(interval, WAITED_FOR_MS) : interval;
+  // Somebody may begin to wait meanwhile.
+  return Math.max(0, Math.min(due - elapsed, WAITED_FOR_MS));
+}
 
 /** One backend under watch. */
 interface Watch {
@@ -212,10 +231,20 @@ export class Prober {
   }
 
   #arm(watch: Watch, elapsed: number) {
-    const interval = watch.backend.healthInterval * (1 - JITTER * this.#options.random());
-    const left = Math.max(0, interval - elapsed);
+    const { now, random } = this.#options;
+    const interval = watch.backend.healthInterval * (1 - JITTER * random());
+    this.#await(watch, now() - elapsed, interval);
+  }
+
+  /** @param since when the last probe began. */
+  #await(watch: Watch, since: number, interval: number) {
+    const { now, waitedFor } = this.#options;
+    const left = () => untilProbe(now() - since, interval, waitedFor(watch.backend.id));
     clearTimeout(watch.next);
-    watch.next = setTimeout(() => void this.#round(watch), Math.min(left, LONGEST_MS));
+    watch.next = setTimeout(() => {
+      if (left() === 0) void this.#round(watch);
+      else this.#await(watch, since, interval);
+    }, left());
   }
 
   async #probe(watch: Watch): Promise<boolean> {

@@ -7,7 +7,15 @@ import {
   type SchedulerState,
   type Ticket,
 } from "./lanes.ts";
-import { loadOf, placingFor, residents, turnOver, wantedSince } from "./turns.ts";
+import {
+  loadOf,
+  placingFor,
+  residents,
+  turnOver,
+  wantedSince,
+  type Contender,
+  type Turns,
+} from "./turns.ts";
 
 /** What is taken for what nobody has measured yet, milliseconds. */
 export interface Guess {
@@ -87,7 +95,7 @@ function startBehind(view: View, lane: Lane, ticket: Ticket, ahead: number): num
   };
   if (residency !== "loaded" || closing) return ready(ahead, wantedSince(lane));
   const slotMs = slotIn(view, lane, ticket, ahead);
-  const overMs = overIn(view, lane, ticket.model);
+  const overMs = overIn(view, lane, view.state.prefix + ticket.model);
   if (ahead < gate || slotMs <= overMs) return Math.max(heldMs, slotMs);
   // The turn ends before, with those served who start until then, and comes again.
   const firstMs = slotIn(view, lane, ticket, 0);
@@ -99,14 +107,14 @@ function startBehind(view: View, lane: Lane, ticket: Ticket, ahead: number): num
 
 /** When the turn of a loaded model ends though somebody waits; Infinity where nobody wants its memory. */
 function overIn({ state, now }: View, lane: Lane, name: string): number {
-  const { turns, lanes } = state;
+  const { turns } = state;
   let over = Infinity;
   if (!turns.active) return over;
-  for (const [other, wanted, since] of wishes(lanes, now)) {
+  for (const [other, wanted, since] of wishes(turns, now)) {
     if (wanted.stay.residency !== "cold") continue;
-    const { leaving, known } = placingFor(turns, lanes, other);
+    const { leaving, known } = placingFor(turns, other);
     if (!leaving.includes(name)) continue;
-    over = Math.min(over, turnOver(turns, lanes, wanted, since, lane, known));
+    over = Math.min(over, turnOver(turns, wanted, since, lane, known));
   }
   return over - now;
 }
@@ -120,12 +128,12 @@ function heldIn(view: View): number {
   return Math.min(guess.heldMs, heldUntil - now, first);
 }
 
-function serviceOf({ guess }: View, lane: Lane): number {
+function serviceOf({ guess }: View, lane: Contender): number {
   return lane.serviceMs ?? guess.serviceMs;
 }
 
 /** How long what runs on these lanes still takes, the first to end first. */
-function endings(view: View, lanes: Iterable<Lane>): number[] {
+function endings(view: View, lanes: Iterable<Contender>): number[] {
   const left: number[] = [];
   for (const lane of lanes) {
     const serviceMs = serviceOf(view, lane);
@@ -206,7 +214,7 @@ function rivalsOf(view: View, own: Lane, ticket: Ticket): number[] {
 }
 
 /** How long those who wait for this model take, all slots being theirs. */
-function workOf(view: View, lane: Lane, waiting: number): number {
+function workOf(view: View, lane: Contender, waiting: number): number {
   return Math.ceil(waiting / slotsOf(view.state, lane)) * serviceOf(view, lane);
 }
 
@@ -219,13 +227,14 @@ function workOf(view: View, lane: Lane, waiting: number): number {
  */
 function readyIn(view: View, lane: Lane, ticket: Ticket, wanted: number | null): number {
   const { state, now, guess } = view;
-  const { turns, lanes } = state;
-  const { change } = turns;
-  const resident = residents(lanes);
-  const loadMsOf = (each: Lane) => loadOf(each, lanes.values()) ?? guess.loadMs;
+  const { turns } = state;
+  const { change, lanes } = turns;
+  const own = state.prefix + ticket.model;
+  const resident = residents(turns);
+  const loadMsOf = (each: Contender) => loadOf(each, lanes.values()) ?? guess.loadMs;
   /** Of the models that are loaded by then, when nobody waits there any more. */
   const idleAt = new Map<string, number>();
-  const enter = (name: string, each: Lane, at: number) => {
+  const enter = (name: string, each: Contender, at: number) => {
     resident.add(name);
     idleAt.set(name, at + workOf(view, each, each.line.waiting));
     return at;
@@ -237,22 +246,22 @@ function readyIn(view: View, lane: Lane, ticket: Ticket, wanted: number | null):
     const loadMs = loadMsOf(coming);
     const leftMs = Math.max(loadMs - (now - change.startedAt), loadMs * LEAST_LOAD_LEFT);
     at = enter(change.model, coming, leftMs);
-    if (coming === lane) return at;
+    if (change.model === own) return at;
   }
   /** When those who leave for a model have had their turn. */
-  const placeFor = (name: string, each: Lane, since: number) => {
+  const placeFor = (name: string, each: Contender, since: number) => {
     resident.delete(name);
-    const { leaving, known } = placingFor(turns, lanes, name, resident);
-    const rank = each === lane ? rankOf(ticket) : Infinity;
+    const { leaving, known } = placingFor(turns, name, resident);
+    const rank = name === own ? rankOf(ticket) : Infinity;
     const ends = leaving.map((other) => {
-      const stays = lanes.get(other) as Lane;
-      const over = turnOver(turns, lanes, each, since, stays, known, rank);
+      const stays = lanes.get(other) as Contender;
+      const over = turnOver(turns, each, since, stays, known, rank);
       return idleAt.get(other) ?? leaveIn(view, stays, over);
     });
     return { leaving, begins: Math.max(at, ...ends) };
   };
-  const all = wishes(lanes, now).filter(([name]) => name !== ticket.model);
-  all.push([ticket.model, lane, Math.min(wanted ?? Infinity, ticket.arrivedAt)]);
+  const all = wishes(turns, now).filter(([name]) => name !== own);
+  all.push([own, lane, Math.min(wanted ?? Infinity, ticket.arrivedAt)]);
   all.sort(([, , one], [, , other]) => one - other);
   if (coming === undefined) {
     // The first for whom there is room, however long others have waited for models that have to go.
@@ -265,14 +274,14 @@ function readyIn(view: View, lane: Lane, ticket: Ticket, wanted: number | null):
     const { leaving, begins } = placeFor(name, each, since);
     for (const other of leaving) resident.delete(other);
     at = enter(name, each, begins + loadMsOf(each));
-    if (each === lane) break;
+    if (name === own) break;
   }
   return at;
 }
 
 /** The models that somebody waits for in vain, and since when: not loaded, or about to go. */
-function wishes(lanes: ReadonlyMap<string, Lane>, now: number): [string, Lane, number][] {
-  const all: [string, Lane, number][] = [];
+function wishes({ lanes }: Turns, now: number): [string, Contender, number][] {
+  const all: [string, Contender, number][] = [];
   for (const [name, lane] of lanes) {
     const { residency, closing, retryAt, asked } = lane.stay;
     if (residency === "loading" || (residency === "loaded" && !closing) || retryAt > now) continue;
@@ -285,7 +294,7 @@ function wishes(lanes: ReadonlyMap<string, Lane>, now: number): [string, Lane, n
 }
 
 /** When a loaded model has had its turn, which ends when nobody waits or, behind its gate, at `over`. */
-function leaveIn(view: View, lane: Lane, over: number): number {
+function leaveIn(view: View, lane: Contender, over: number): number {
   const drainMs = endings(view, [lane]).at(-1) ?? 0;
   if (lane.line.waiting === 0 || lane.stay.closing) return drainMs;
   const allMs = drainMs + workOf(view, lane, lane.line.waiting);

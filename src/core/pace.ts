@@ -21,8 +21,8 @@ export interface PaceGuess {
 export const FIRST_PACE: PaceGuess = { baseMs: 0, perTokenMs: 1 };
 export const NO_PACE: PaceGuess = { baseMs: 0, perTokenMs: 0 };
 
-/** With fewer tokens to compute the time is that of everything else. */
-const SHORT_TOKENS = 256;
+/** With fewer tokens to compute the time is that of everything else, and nobody waits for them. */
+export const SHORT_TOKENS = 256;
 const BASE_WEIGHT = 0.2;
 /** The average is that of about so many tokens. */
 const MEMORY_TOKENS = 16_384;

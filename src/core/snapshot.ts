@@ -36,6 +36,8 @@ export interface Target {
   sizeBytes: number | null;
   vramBytes: number | null;
   digest: string | null;
+  /** Tokens that prompt and answer may be there, of one slot; null where the engine does not tell. */
+  contextLength: number | null;
 }
 
 export interface Model {
@@ -45,6 +47,7 @@ export interface Model {
   fallback: string[];
   /** Cap over all backends, null for none. */
   concurrency: number | null;
+  /** Of its targets the largest. */
   contextLength: number | null;
   capabilities: string[];
   /** Unix seconds. */

@@ -13,8 +13,8 @@ export interface Span {
   end: number;
 }
 
-/** The top-level keys of a JSON object in their order, a repeated key several times. */
-export type Keys = { name: string; value: Span }[];
+/** The top-level keys of a JSON object in their order, a repeated key several times; `start`: of its name. */
+export type Keys = { name: string; start: number; value: Span }[];
 
 const encoder = new TextEncoder();
 const decoder = new TextDecoder();
@@ -69,12 +69,13 @@ export function topLevelKeys(bytes: Uint8Array): Keys {
   while (at < bytes.length) {
     while (isSpace(bytes[at]) || bytes[at] === COMMA) at++;
     if (bytes[at] !== QUOTE) break;
+    const start = at;
     const afterName = skipString(bytes, at);
     const name: unknown = JSON.parse(decoder.decode(bytes.subarray(at, afterName)));
     at = afterName;
     while (isSpace(bytes[at]) || bytes[at] === COLON) at++;
     const end = skipValue(bytes, at);
-    keys.push({ name: String(name), value: { start: at, end } });
+    keys.push({ name: String(name), start, value: { start: at, end } });
     at = end;
   }
   return keys;
@@ -120,6 +121,43 @@ export function splice(
   }
   parts.push(bytes.subarray(copied));
   return concat(parts);
+}
+
+/** What stands between two members, or around the last, goes with those that are left out. */
+export function spansOf(keys: Keys, isGone: (name: string) => boolean): Span[] {
+  const spans: Span[] = [];
+  let at = 0;
+  while (at < keys.length) {
+    const from = at;
+    while (at < keys.length && isGone(keys[at]?.name ?? "")) at++;
+    const first = keys[from];
+    const last = keys[at - 1];
+    if (at > from && first !== undefined && last !== undefined) {
+      const next = keys[at];
+      // The last of an object takes the comma before it along, any other the one behind it.
+      const before = next === undefined ? keys[from - 1]?.value.end : undefined;
+      spans.push({ start: before ?? first.start, end: next?.start ?? last.value.end });
+    }
+    at++;
+  }
+  return spans;
+}
+
+/** The bytes without these spans, which stand in order and apart. */
+export function without(bytes: Uint8Array, spans: readonly Span[]): Uint8Array {
+  const parts: Uint8Array[] = [];
+  let from = 0;
+  for (const { start, end } of spans) {
+    parts.push(bytes.subarray(from, start));
+    from = end;
+  }
+  parts.push(bytes.subarray(from));
+  return concat(parts);
+}
+
+/** A name as Go compares it: regardless of case, where the long s and the Kelvin sign are s and k. */
+export function folded(name: string): string {
+  return name.toUpperCase().toLowerCase();
 }
 
 /** One array of all the parts' bytes. */

@@ -1,4 +1,4 @@
-import { concat, topLevelKeys, type Keys } from "../core/splice.ts";
+import { concat, folded, topLevelKeys, type Keys } from "../core/splice.ts";
 import { isRecord } from "../dialects/dialect.ts";
 import { promptSizeOf } from "../dialects/prompt-size.ts";
 import { GatewayError, quote } from "../errors.ts";
@@ -180,9 +180,4 @@ function refuseRepeats(keys: Keys, acted: readonly string[]) {
     }
     seen.add(name);
   }
-}
-
-/** As Go compares names: regardless of case, where the long s and the Kelvin sign are s and k. */
-function folded(name: string): string {
-  return name.toUpperCase().toLowerCase();
 }

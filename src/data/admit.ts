@@ -1,3 +1,4 @@
+import { contextFor } from "../core/context.ts";
 import { resolve, type Model, type Snapshot } from "../core/snapshot.ts";
 import type { Ticket } from "../core/lanes.ts";
 import { select, type Candidate, type Credit, type Selection } from "../core/select.ts";
@@ -214,6 +215,7 @@ function ticketFor(
     arrivedAt: exchange.receivedAt,
     deadlineAt: deadlineOf(exchange),
     barred: barredFor(exchange, plane, model, tried),
+    cramped: crampedFor(exchange, model),
     ...(exchange.prompt === null ? {} : { prompt: exchange.prompt }),
   };
 }
@@ -231,6 +233,21 @@ function barredFor(
     barred.add(backend);
   }
   return barred ?? tried;
+}
+
+const NOWHERE: ReadonlySet<string> = new Set();
+
+/** Where prompt and answer may not fit, while they do elsewhere. */
+function crampedFor(
+  { promptTokens, view, outputCap }: Exchange,
+  model: Model,
+): ReadonlySet<string> {
+  const asked = Math.max(0, view?.sampling.maxTokens ?? 0);
+  const output = Math.min(asked, outputCap ?? Infinity);
+  const { preferred } = contextFor(model.targets, promptTokens, output);
+  if (preferred.length === model.targets.length) return NOWHERE;
+  const others = model.targets.filter((target) => !preferred.includes(target));
+  return new Set(others.map(({ backend }) => backend));
 }
 
 interface Asked {

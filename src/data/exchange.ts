@@ -120,6 +120,8 @@ export class Exchange {
   opened = false;
   /** The flight whose answer this request waits for: what it acquires is the flight's. */
   flight: Exchange | null = null;
+  /** What of the body the engine of the last attempt did not get. */
+  pinned: readonly string[] = [];
   /** Further headers of the answer: rate limits, the age of what was kept. */
   readonly headersOut: Record<string, string> = {};
   /** Called once, when everything has been released. */
@@ -327,6 +329,7 @@ export class Exchange {
       headers["x-tidegate-degraded"] = `asked=${headerText(asked)};reason=${reason}`;
     }
     headers["x-tidegate-attempts"] = String(record.attempts);
+    if (this.pinned.length > 0) headers["x-tidegate-pinned"] = this.pinned.join(", ");
     let serverTiming = "";
     for (const [name, duration] of Object.entries(timing)) {
       serverTiming += `${serverTiming === "" ? "" : ", "}${name};dur=${rounded(duration)}`;

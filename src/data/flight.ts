@@ -146,7 +146,7 @@ export class Flight {
    * @param isOne it is told what the engine did as well: once, so that records can be summed up.
    */
   #tell(member: Exchange, isOne: boolean) {
-    const { record, timing, headersOut } = this.exchange;
+    const { record, timing, headersOut, pinned } = this.exchange;
     member.record.backend_id = record.backend_id;
     member.record.reason = record.reason;
     member.record.queue_ms = record.queue_ms;
@@ -161,6 +161,7 @@ export class Flight {
     const { accept = 0, cache = 0 } = member.timing;
     Object.assign(member.timing, timing, { accept, cache });
     Object.assign(member.headersOut, headersOut);
+    member.pinned = pinned;
   }
 
   /** Nobody joins from now on. */

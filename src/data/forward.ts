@@ -1,5 +1,5 @@
 import type { Fault } from "../core/outcome.ts";
-import { splice, topLevelKeys, type Keys } from "../core/splice.ts";
+import { splice, topLevelKeys, without, type Keys } from "../core/splice.ts";
 import { capOutput } from "../engines/cap.ts";
 import type { EngineRequest } from "../engines/engine.ts";
 import { GatewayError, quote, type ErrorCode } from "../errors.ts";
@@ -69,8 +69,14 @@ const PASSED_ON = ["accept", "user-agent", "anthropic-version", "anthropic-beta"
 function build(exchange: Exchange, attempt: UpstreamAttempt): EngineRequest {
   const { body, view, endpoint, outputCap } = exchange;
   const { engine, target } = attempt.permit;
-  const bytes = body?.bytes ?? new Uint8Array();
-  const keys = body?.keys ?? [];
+  let bytes = body?.bytes ?? new Uint8Array();
+  let keys = body?.keys ?? [];
+  const { names, spans } = engine.withhold(bytes, keys);
+  exchange.pinned = names;
+  if (spans.length > 0) {
+    bytes = without(bytes, spans);
+    keys = topLevelKeys(bytes);
+  }
   const edits = new Map<string, string | Uint8Array>(engine.adapt(bytes, keys));
   if (view !== null && view.model !== target.model)
     edits.set("model", JSON.stringify(target.model));

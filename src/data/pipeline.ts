@@ -4,6 +4,7 @@ import type { Answer } from "../stores/answers.ts";
 import { accept } from "./accept.ts";
 import { resolveModel } from "./admit.ts";
 import { fly, keepStream, look, type Lookup } from "./cache.ts";
+import { refuseTooLong } from "./context.ts";
 import { Exchange } from "./exchange.ts";
 import { totalMsOf } from "./forward.ts";
 import { checkOrigin, identify } from "./identify.ts";
@@ -35,6 +36,7 @@ export async function serve(
     await accept(exchange, request, plane);
     exchange.check();
     const model = resolveModel(exchange, plane);
+    refuseTooLong(exchange, model, plane);
     readPrompt(exchange, model, plane, peer);
     exchange.outputCap = outputCapOf(exchange, model.name);
     const lookup = await look(exchange, model, plane);

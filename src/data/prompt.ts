@@ -28,7 +28,7 @@ export function readPrompt(
     model.targets.length > 1
       ? chainOf(model.name, conversationOf(endpoint.path, fields))
       : NO_CHAIN;
-  exchange.prompt = { tokens, chain, session };
+  exchange.prompt = { tokens, chain, session, shows: exchange.record.stream };
   if (promptSize.images > 0) exchange.needs.push("vision");
   if (Array.isArray(fields["tools"]) && fields["tools"].length > 0) exchange.needs.push("tools");
   const isShared = Object.keys(config.tenants).length > 0;

@@ -32,3 +32,33 @@ function lengthIn(value: unknown, level = 0): number {
   if (!isRecord(value) || level === MOST_LEVELS) return 0;
   return Object.values(value).reduce<number>((sum, each) => sum + lengthIn(each, level + 1), 0);
 }
+
+/** Top-level fields whose text becomes the prompt. */
+const PROMPT_FIELDS = words(
+  "system instructions messages prompt suffix input tools functions documents",
+);
+/** Parts that are no text, and thoughts of earlier answers, which templates leave out. */
+const NO_TEXT = /image|audio|video|file|document|thinking|reasoning/;
+const THOUGHTS = new Set(words("thinking reasoning reasoning_content encrypted_content signature"));
+/** Deeper ones are left out. */
+const DEEPEST = 64;
+
+function words(text: string): string[] {
+  return text.split(" ");
+}
+
+/** UTF-8 bytes of the text in a request that surely goes into its prompt: no more than there is. */
+export function textBytesOf(body: Record<string, unknown>): number {
+  return PROMPT_FIELDS.reduce((sum, field) => sum + textIn(body[field], 0), 0);
+}
+
+function textIn(value: unknown, depth: number): number {
+  if (typeof value === "string") return value.startsWith("data:") ? 0 : Buffer.byteLength(value);
+  if (typeof value !== "object" || value === null || depth > DEEPEST) return 0;
+  if (!Array.isArray(value) && NO_TEXT.test(String(Reflect.get(value, "type")))) return 0;
+  let sum = 0;
+  for (const [name, each] of Object.entries(value)) {
+    if (!THOUGHTS.has(name)) sum += textIn(each, depth + 1);
+  }
+  return sum;
+}

@@ -3,6 +3,7 @@ import type { Residency } from "../core/snapshot.ts";
 import type { Keys } from "../core/splice.ts";
 import { errorWords, isRecord, numberOf, textOf, type Want } from "../dialects/dialect.ts";
 import { LIMIT_FIELDS, type LimitFields } from "./cap.ts";
+import { NOTHING_WITHHELD, type Withheld } from "./withhold.ts";
 
 /** How one backend is reached. */
 export interface Connection {
@@ -99,6 +100,8 @@ export interface Engine {
   takesAnyName: boolean;
   /** Would a model of that name be answered by machines elsewhere? */
   isRemote(model: string): boolean;
+  /** What of a request body it is not to get, since that would change the engine for everybody. */
+  withhold(body: Uint8Array, keys: Keys): Withheld;
   /** Further replacements in the request body, as JSON bytes. */
   adapt(body: Uint8Array, keys: Keys): Map<string, Uint8Array>;
   /** Inputs that one request for embeddings may have. */
@@ -300,6 +303,7 @@ export const openai: Engine = {
   tellsResidency: false,
   takesAnyName: false,
   isRemote: () => false,
+  withhold: () => NOTHING_WITHHELD,
   adapt: () => new Map(),
   // Text Embeddings Inference refuses more (`--max-client-batch-size`), and speaks plain OpenAI.
   embedBatch: 32,

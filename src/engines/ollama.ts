@@ -13,6 +13,7 @@ import {
   type Engine,
   type ListedModel,
 } from "./engine.ts";
+import { withholdFromOllama } from "./withhold.ts";
 
 type Fields = Record<string, unknown>;
 
@@ -162,6 +163,7 @@ export const ollama: Engine = {
   cannot: ({ what }) => CANNOT[what] ?? null,
   tellsResidency: true,
   isRemote: hasCloudTag,
+  withhold: withholdFromOllama,
   adapt(body, keys) {
     // Ollama ignores `max_completion_tokens`, and an output without a limit never ends.
     const limit = valueOf(body, keys, "max_completion_tokens");

@@ -26,7 +26,8 @@ export interface Guesses {
 const FIRST_GUESSES: Guesses = { queue: FIRST_GUESS, pace: FIRST_PACE };
 
 /** The same as of the backends where it has been: of each quantity the median over those with this model. */
-export function guessesFrom(lives: readonly Live[], model: string): Guesses {
+export function guessesFrom(all: readonly Live[], model: string): Guesses {
+  const lives = all.filter(({ scheduler }) => scheduler.lanes.has(model));
   // Nobody compares one with itself.
   if (lives.length < 2) return FIRST_GUESSES;
   const lanes = lives.map(({ scheduler }) => scheduler.lanes.get(model));
@@ -72,7 +73,12 @@ export function cachedIn({ prefixes }: Live, { prompt }: Ticket, now: number): C
   return { match, tokens: expectedCached(prefixes, match, prompt.tokens, now) };
 }
 
-/** How long the answer takes to begin once the request is sent, milliseconds. */
+/** Tokens of the prompt that have to be computed there. */
+export function uncached({ prompt }: Ticket, cached: Cached): number {
+  return (prompt?.tokens ?? 0) - cached.tokens;
+}
+
+/** How long the answer takes to begin once the request is sent, milliseconds: prompts are computed in turn. */
 export function beginOf(
   live: Live,
   ticket: Ticket,
@@ -80,7 +86,7 @@ export function beginOf(
   guess: PaceGuess,
   now: number,
 ): number {
-  const tokens = (ticket.prompt?.tokens ?? 0) - cached.tokens;
+  const tokens = live.computing + uncached(ticket, cached);
   return beginsIn(paceOf(live, ticket.model), tokens, guess, now);
 }
 
@@ -136,12 +142,18 @@ export function sessionKey({ prompt, flow, model }: Ticket): string | null {
   return prompt?.session == null ? null : JSON.stringify([flow, model, prompt.session]);
 }
 
-/** What an answer has shown of how its backend computes prompts. @param expected when it was sent. */
+/**
+ * What an answer has shown of how its backend computes prompts.
+ *
+ * @param expected to be cached, when it was sent.
+ * @param ahead tokens of other prompts that were to be computed then.
+ */
 export function learn(
   live: Live,
   { model }: Ticket,
   { ttftMs, promptTokens, cachedTokens }: Answered,
   expected: Cached,
+  ahead: number,
   now: number,
 ): void {
   if (cachedTokens !== null) {
@@ -149,7 +161,7 @@ export function learn(
   }
   if (ttftMs === null) return;
   const computed = Math.max(0, promptTokens - (cachedTokens ?? expected.tokens));
-  learnPace(paceOf(live, model), computed, ttftMs, now);
+  learnPace(paceOf(live, model), ahead + computed, ttftMs, now);
 }
 
 function paceOf({ paces }: Live, model: string): Pace {

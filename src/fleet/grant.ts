@@ -1,12 +1,12 @@
 import type { BreakerSettings } from "../core/breaker.ts";
 import type { Ticket } from "../core/lanes.ts";
 import type { Verdict } from "../core/outcome.ts";
-import { FIRST_PACE } from "../core/pace.ts";
+import { FIRST_PACE, SHORT_TOKENS } from "../core/pace.ts";
 import { remember } from "../core/prefix.ts";
 import type { SchedulerEvent } from "../core/scheduler.ts";
 import type { Target } from "../core/snapshot.ts";
 import type { Connection } from "../engines/engine.ts";
-import { beginOf, cachedIn, learn } from "./expect.ts";
+import { beginOf, cachedIn, learn, uncached } from "./expect.ts";
 import type { Live } from "./live.ts";
 import type { Permit } from "./permit.ts";
 
@@ -76,26 +76,37 @@ export class Grant {
     const ticket = this.#ticket;
     const { now, breaker, run, offer } = this.#rim;
     const cached = cachedIn(live, ticket, this.#grantedAt);
+    const beginMs = beginOf(live, ticket, cached, FIRST_PACE, this.#grantedAt);
+    const ahead = live.computing;
+    const tokens = uncached(ticket, cached);
+    let computing = ticket.prompt?.shows === true && tokens >= SHORT_TOKENS ? tokens : 0;
+    live.computing += computing;
+    const computed = () => {
+      live.computing -= computing;
+      computing = 0;
+    };
     let held = true;
     let charged = ticket.tokens;
     return {
       target,
       connection,
       engine: live.engine,
-      beginMs: beginOf(live, ticket, cached, FIRST_PACE, this.#grantedAt),
+      beginMs,
       release: (verdict, answered) => {
         if (!held) return;
         held = false;
+        computed();
         if (verdict.outcome === "failure") live.failedAt = now();
         if (answered !== undefined) {
           live.observed.add(answered);
-          learn(live, ticket, answered, cached, now());
+          learn(live, ticket, answered, cached, ahead, now());
         }
         // Without an attempt it was given back unused.
         this.end(verdict, answered === undefined ? 0 : answered.tokens);
       },
       proved: () => {
         const wasTrial = this.#trials > 0;
+        computed();
         this.#tried();
         live.guard.prove(this.#passage, breaker());
         if (ticket.prompt !== undefined) remember(live.prefixes, ticket.prompt.chain);

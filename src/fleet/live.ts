@@ -11,7 +11,7 @@ import type { Pace } from "../core/pace.ts";
 import { createPrefixIndex, type PrefixIndex } from "../core/prefix.ts";
 import type { Backend, Health, Model, Snapshot, Target } from "../core/snapshot.ts";
 import { asGoodAs } from "../core/select.ts";
-import { turnIn } from "../core/turns.ts";
+import { createTurns, turnIn, type Turns } from "../core/turns.ts";
 import type { Engine } from "../engines/engine.ts";
 import { engineOf } from "../engines/kinds.ts";
 import { Guard } from "./guard.ts";
@@ -41,6 +41,8 @@ export interface Live {
   observed: Observed;
   /** How fast each model begins its answers. */
   paces: Map<string, Pace>;
+  /** Tokens of long prompts that it has been sent and is still computing, as far as streams show that. */
+  computing: number;
   /** Prompts that it has computed. */
   prefixes: PrefixIndex;
   guard: Guard;
@@ -52,6 +54,8 @@ export interface Live {
   loaded: ReadonlySet<string>;
   /** The last load of each model, from its beginning until it could be used. */
   loads: Map<string, Load>;
+  /** The GPU whose turns it shares; null: it has its own. */
+  gpu: string | null;
   /** Ends the change of models under way. */
   change: AbortController | null;
   timer: ReturnType<typeof setTimeout> | undefined;
@@ -75,12 +79,14 @@ export function createLive(backend: Backend): Live {
     stalledAt: -Infinity,
     observed: new Observed(),
     paces: new Map(),
+    computing: 0,
     prefixes: createPrefixIndex(),
     guard: new Guard(),
     trials: 0,
     targets: new Map(),
     loaded: new Set(),
     loads: new Map(),
+    gpu: null,
     change: null,
     timer: undefined,
   };
@@ -89,32 +95,49 @@ export function createLive(backend: Backend): Live {
 const TIERS: readonly Health[] = ["healthy", "degraded", "unknown"];
 
 /**
- * Would a request that waits at `live` start at once at `other`, and would selection send it there?
- * Never to a worse tier of health or a smaller context, nor, among equals in that, where its first token
- * would come later: it would come straight back.
+ * Could a request that waits at `live` start at once elsewhere, where selection would send it? Else it
+ * would come straight back.
  */
-export function isBetter(
-  other: Live,
+export function isBetterOff(
+  lives: Iterable<Live>,
   live: Live,
   ticket: Ticket,
   settings: BreakerSettings,
   guesses: Guesses,
   now: number,
 ): boolean {
-  const tier = TIERS.indexOf(other.health);
-  const own = TIERS.indexOf(live.health);
-  const isAble =
-    other !== live &&
-    tier !== -1 &&
-    (own === -1 || tier <= own) &&
-    !ticket.barred.has(other.id) &&
-    ticket.cramped?.has(other.id) !== true &&
-    other.guard.admits(ticket.model, settings, now) === "any" &&
-    hasRoom(other.scheduler, ticket.model);
-  if (!isAble) return false;
-  if (own === -1 || tier < own || ticket.cramped?.has(live.id) === true) return true;
-  const here = firstTokenOf(live, ticket, guesses, now);
-  return firstTokenOf(other, ticket, guesses, now) <= asGoodAs(here);
+  let best = TIERS.length;
+  let able: Live[] = [];
+  for (const other of lives) {
+    const tier = TIERS.indexOf(other.health);
+    if (tier === -1 || tier > best || !isOpenTo(other, ticket, settings, now)) continue;
+    if (tier < best) able = [];
+    best = tier;
+    able.push(other);
+  }
+  const roomy = able.filter(({ id }) => ticket.cramped?.has(id) !== true);
+  if (roomy.length > 0) able = roomy;
+  const times = able.map((other) => firstTokenOf(other, ticket, guesses, now));
+  const latest = asGoodAs(Math.min(...times));
+  return able.some((other, at) => {
+    return other !== live && (times[at] ?? 0) <= latest && hasRoom(other.scheduler, ticket.model);
+  });
+}
+
+/** Could it be served there, sooner or later? */
+function isOpenTo(
+  { id, scheduler, guard }: Live,
+  { model, barred }: Ticket,
+  settings: BreakerSettings,
+  now: number,
+): boolean {
+  return (
+    scheduler.available &&
+    scheduler.lanes.has(model) &&
+    !barred.has(id) &&
+    guard.admits(model, settings, now) === "any" &&
+    coolsUntil(scheduler, model, now) === null
+  );
 }
 
 /** Might this backend serve a request whose model could not be loaded at another? */
@@ -242,10 +265,43 @@ export interface TurnReport {
 
 /** @param now on the clock of the scheduler. */
 export function turnReport({ scheduler }: Live, now: number): TurnReport | null {
-  const turn = turnIn(scheduler.turns, scheduler.lanes);
+  const turn = turnIn(scheduler.turns);
   if (turn === null) return null;
-  const { model, since, gate, next } = turn;
-  return { model, sinceAt: Math.round(Date.now() + since - now), gate, next };
+  const { since, gate, next } = turn;
+  const model = namedIn(turn.model).model;
+  const sinceAt = Math.round(Date.now() + since - now);
+  return { model, sinceAt, gate, next: next === null ? null : namedIn(next).model };
+}
+
+/** What the names of a backend's models begin with in the turns of its GPU. No name has a line break. */
+export function prefixOf({ id }: Live): string {
+  return `${id}\n`;
+}
+
+/** The turns of a GPU, the same for all who share it; without one new ones. Those nobody has go. */
+export function turnsOf(
+  gpu: string | null,
+  gpus: Map<string, Turns>,
+  lives: readonly Live[],
+): Turns {
+  for (const each of gpus.keys()) {
+    if (each !== gpu && !lives.some((live) => live.gpu === each)) gpus.delete(each);
+  }
+  const turns = (gpu === null ? undefined : gpus.get(gpu)) ?? createTurns();
+  if (gpu !== null) gpus.set(gpu, turns);
+  return turns;
+}
+
+/** What it has in memory, by the names in its turns. */
+export function namesOfLoaded(live: Live): string[] {
+  const prefix = live.gpu === null ? "" : prefixOf(live);
+  return [...live.loaded].map((model) => prefix + model);
+}
+
+/** Which model of which backend a name in some turns means; null: of the one whose own they are. */
+export function namedIn(name: string): { backend: string | null; model: string } {
+  const end = name.indexOf("\n");
+  return { backend: end === -1 ? null : name.slice(0, end), model: name.slice(end + 1) };
 }
 
 /** A breaker as it is shown. */

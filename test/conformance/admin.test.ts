@@ -176,7 +176,7 @@ describe("GET snapshot", () => {
         const [target] = (llama?.["targets"] ?? []) as Fields[];
         assert.deepEqual(
           keysOf(target),
-          words("backend model residency slots sizeBytes vramBytes digest"),
+          words("backend model residency slots sizeBytes vramBytes digest contextLength"),
         );
         assert.deepEqual([target?.["backend"], target?.["model"]], ["o", "llama3:8b"]);
         assert.equal(target?.["residency"], "cold", "an Ollama loads on demand");

@@ -127,6 +127,44 @@ describe("turns", () => {
   });
 });
 
+describe("what others load in the same engine", () => {
+  it(
+    "is seen within two seconds while requests wait, and else at the next probe",
+    TIMEOUT,
+    async () => {
+      const behaviour = { maxLoaded: 2, tokens: ["x"] };
+      const backend = { healthInterval: 60_000 };
+      const fleet = await startFleet({ o: { kind: "ollama", models: ABC, behaviour, backend } });
+      try {
+        const { o } = fleet.engines;
+        const isSeen = async () => {
+          const { models } = await api<{
+            models: { name: string; targets: { residency: string }[] }[];
+          }>(fleet, "snapshot");
+          return models.find(({ name }) => name === "b:1")?.targets[0]?.residency === "loaded";
+        };
+        assert.equal((await openaiChat(fleet.url, { model: "a:1" })).status, 200);
+        const probes = () => o.requests.filter(({ path }) => path === "/api/ps").length;
+        const before = probes();
+        assert.equal((await send(`${o.url}/api/generate`, { model: "b:1" })).status, 200);
+        assert.equal(await until(isSeen, 2500), false);
+        assert.equal(probes(), before);
+        o.behave({ stallAfterTokens: 1 });
+        const controller = new AbortController();
+        const { signal } = controller;
+        const path = `${fleet.url}/v1/chat/completions`;
+        const body = chatBody({ model: "a:1", stream: true });
+        const clients = [open(path, body, { signal }), open(path, body, { signal })];
+        assert(await until(isSeen, 3500), "b:1 is seen");
+        controller.abort();
+        await Promise.allSettled(clients);
+      } finally {
+        await fleet.close();
+      }
+    },
+  );
+});
+
 describe("the operator", () => {
   let fleet: Fleet<"o">;
   before(async () => {

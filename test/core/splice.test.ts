@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { describe, it } from "node:test";
 import fc from "fast-check";
-import { concat, splice, topLevelKeys } from "../../src/core/splice.ts";
+import { concat, spansOf, splice, topLevelKeys, without } from "../../src/core/splice.ts";
 
 const encoder = new TextEncoder();
 const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
@@ -306,5 +306,51 @@ describe("concat", () => {
     assert.deepEqual(concat([one, new Uint8Array(), two]), Uint8Array.of(1, 2, 3));
     assert.equal(concat([one]), one);
     assert.equal(concat([]).length, 0);
+  });
+});
+
+describe("leaving members out", () => {
+  function left(text: string, ...names: string[]): string {
+    const bytes = encoder.encode(text);
+    const spans = spansOf(topLevelKeys(bytes), (name) => names.includes(name));
+    return decoder.decode(without(bytes, spans));
+  }
+
+  const cases: [text: string, names: string[], expected: string][] = [
+    ['{"a":1,"b":2,"c":3}', ["a"], '{"b":2,"c":3}'],
+    ['{"a":1,"b":2,"c":3}', ["b"], '{"a":1,"c":3}'],
+    ['{"a":1,"b":2,"c":3}', ["c"], '{"a":1,"b":2}'],
+    ['{"a":1,"b":2,"c":3}', ["a", "b"], '{"c":3}'],
+    ['{"a":1,"b":2,"c":3}', ["b", "c"], '{"a":1}'],
+    ['{"a":1,"b":2,"c":3}', ["a", "c"], '{"b":2}'],
+    ['{ "a" : 1 , "b" : 2 }', ["a", "b"], "{  }"],
+    ['{ "a" : 1 , "b" : 2 }', ["b"], '{ "a" : 1 }'],
+    ['{"a":1,"b":2,"a":{"a":[1]}}', ["a"], '{"b":2}'],
+    [String.raw`{"\u0061":1,"b":"a"}`, ["a"], '{"b":"a"}'],
+    ['{"b":{"a":1}}', ["a"], '{"b":{"a":1}}'],
+    ["{}", ["a"], "{}"],
+  ];
+  for (const [text, names, expected] of cases) {
+    it(`makes ${expected} of ${text}`, () => assert.equal(left(text, ...names), expected));
+  }
+
+  it("leaves the others as they were written, in their order", () => {
+    fc.assert(
+      fc.property(body(plainKey, false), fc.infiniteStream(fc.boolean()), (written, isGone) => {
+        const text = textOf(written);
+        const bytes = encoder.encode(text);
+        const keys = topLevelKeys(bytes);
+        const gone = new Set(keys.filter(() => isGone.next().value).map(({ name }) => name));
+        const result = without(
+          bytes,
+          spansOf(keys, (name) => gone.has(name)),
+        );
+        const others = keysOf(text).filter(([name]) => !gone.has(name));
+        assert.deepEqual(keysOf(decoder.decode(result)), others);
+        JSON.parse(decoder.decode(result));
+        if (gone.size === 0) assert.equal(decoder.decode(result), text);
+      }),
+      { numRuns: 500 },
+    );
   });
 });

@@ -26,6 +26,7 @@ export function aTarget(backend: string, model: string, more: Partial<Target> = 
     sizeBytes: null,
     vramBytes: null,
     digest: null,
+    contextLength: null,
     ...more,
   };
 }

@@ -109,6 +109,7 @@ describe("Control", () => {
       publish: (snapshot) => void published.push(snapshot),
       flowing: () => false,
       stuck: () => false,
+      waitedFor: () => false,
     });
   });
   afterEach(() => {

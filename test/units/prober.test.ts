@@ -4,7 +4,7 @@ import { createServer, type IncomingMessage, type Server, type ServerResponse } 
 import type { AddressInfo } from "node:net";
 import { afterEach, beforeEach, describe, it, mock } from "node:test";
 import fc from "fast-check";
-import { Prober } from "../../src/control/probe.ts";
+import { Prober, untilProbe } from "../../src/control/probe.ts";
 import { unseen, type Seen, type Wanted } from "../../src/control/registry.ts";
 import { modelNamed } from "../../src/engines/engine.ts";
 
@@ -65,6 +65,7 @@ interface Watch {
   looked: Map<string, Seen>;
   flows: boolean;
   stuck: boolean;
+  waits: boolean;
   askedFlowing: [string, number][];
 }
 
@@ -80,6 +81,7 @@ function watch(clock: { now: number } = { now: 0 }, random = 0): Watch {
     looked: new Map(),
     flows: false,
     stuck: false,
+    waits: false,
     askedFlowing: [],
     configure: (...backends) => watched.prober.configure(backendsOf(backends), watched.looked),
     last() {
@@ -97,6 +99,7 @@ function watch(clock: { now: number } = { now: 0 }, random = 0): Watch {
         return watched.flows;
       },
       stuck: () => watched.stuck,
+      waitedFor: () => watched.waits,
       now: () => clock.now,
       random: () => random,
     }),
@@ -458,10 +461,14 @@ describe("the loop", () => {
 
   const backend = { kind: "openai" as const, url: "http://127.0.0.1:1", healthInterval: 1000 };
 
+  /** In steps, so that a timer that is set on the way begins at about its own time. */
   async function pass(ms: number): Promise<void> {
-    clock.now += ms;
-    mock.timers.tick(ms);
-    await settle();
+    for (let left = ms; left > 0; left -= 1000) {
+      const step = Math.min(left, 1000);
+      clock.now += step;
+      mock.timers.tick(step);
+      await settle();
+    }
   }
 
   /** Watched, and its first probe answered. */
@@ -538,6 +545,54 @@ describe("the loop", () => {
       ),
       { numRuns: 30 },
     );
+  });
+
+  describe("while requests wait", () => {
+    const often = { healthInterval: 60_000 };
+
+    /** Answers the newest probe as soon as it comes, for so long; says when each came. */
+    async function watchFor(ms: number): Promise<number[]> {
+      const times: number[] = [];
+      let seen = probes.length;
+      for (let passed = 100; passed <= ms; passed += 100) {
+        await pass(100);
+        if (probes.length === seen) continue;
+        seen = probes.length;
+        times.push(clock.now);
+        probes.at(-1)?.answer(["m"]);
+        await settle();
+      }
+      return times;
+    }
+
+    it("probes every two seconds, and at its own pace when nobody waits any more", async () => {
+      const watched = await healthy(often);
+      watched.waits = true;
+      assert.deepEqual(await watchFor(7000), [2000, 4000, 6000]);
+      watched.waits = false;
+      assert.deepEqual(await watchFor(61_000), [66_000]);
+    });
+
+    it("begins to within two seconds of the first that waits", async () => {
+      const watched = await healthy(often);
+      assert.deepEqual(await watchFor(4500), []);
+      watched.waits = true;
+      assert.deepEqual(await watchFor(4000), [6000, 8000]);
+    });
+
+    it("keeps an interval that is shorter than that", async () => {
+      const watched = await healthy({ healthInterval: 500 });
+      watched.waits = true;
+      assert.deepEqual(await watchFor(2000), [500, 1000, 1500, 2000]);
+    });
+
+    it("has one probe under way at most, however long it takes", async () => {
+      const watched = await healthy({ ...often, timeout: 30_000 });
+      watched.waits = true;
+      await pass(2000);
+      for (let second = 0; second < 20; second++) await pass(1000);
+      assert.deepEqual([probes.length, most], [2, 1]);
+    });
   });
 
   it("has a pace per backend, and its first round is done when all have been looked at", async () => {
@@ -749,6 +804,25 @@ describe("the loop", () => {
       await pass(500);
       assert.equal(probes.length, 1);
     });
+  });
+});
+
+describe("untilProbe", () => {
+  it("is never longer than what is left, never more than two seconds, and 0 when it is due", () => {
+    fc.assert(
+      fc.property(
+        fc.double({ min: 0, max: 200_000, noNaN: true }),
+        fc.double({ min: 90, max: 100_000, noNaN: true }),
+        fc.boolean(),
+        (elapsed, interval, isWaitedFor) => {
+          const left = untilProbe(elapsed, interval, isWaitedFor);
+          const due = isWaitedFor ? Math.min(2000, interval) : interval;
+          assert.equal(left === 0, elapsed >= due);
+          assert(left <= 2000 && left <= Math.max(0, due - elapsed));
+          assert(left >= Math.min(2000, due - elapsed));
+        },
+      ),
+    );
   });
 });
 

@@ -205,7 +205,13 @@ describe("assemble", () => {
   });
 
   it("passes on what the engine tells of a model, and what it does not tell as null", () => {
-    const told = { residency: "loading", sizeBytes: 8, vramBytes: 0, digest: "d" } as const;
+    const told = {
+      residency: "loading",
+      sizeBytes: 8,
+      vramBytes: 0,
+      digest: "d",
+      contextLength: 4096,
+    } as const;
     const { models } = assembled(
       { backends: [{ id: "a", url }] },
       { a: sight([listed("told", told), listed("untold")]) },
@@ -222,6 +228,7 @@ describe("assemble", () => {
         sizeBytes: null,
         vramBytes: null,
         digest: null,
+        contextLength: null,
       },
     ]);
   });

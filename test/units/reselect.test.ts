@@ -76,7 +76,7 @@ class World {
       barred: new Set(),
       arrivedAt: this.now,
       deadlineAt: this.now + 1e6,
-      prompt: { tokens: 64 * blocks, chain, session: null },
+      prompt: { tokens: 64 * blocks, chain, session: null, shows: true },
       ...more,
     };
     const one: Asking = {
@@ -260,7 +260,7 @@ describe("any order of requests with prompts, sessions and contexts", () => {
           else {
             const { model, topic, blocks, session, priority } = each;
             const chain = chainOf(model, [topic.repeat(256 * blocks)]);
-            const prompt = { tokens: 64 * blocks, chain, session };
+            const prompt = { tokens: 64 * blocks, chain, session, shows: true };
             const cramped = new Set(each.cramped);
             world.ask(model, topic, blocks, { prompt, priority, cramped });
           }
