@@ -73,6 +73,8 @@ export interface Host {
   preload(call: Call, info: ModelInfo): void;
   running(): number;
   waiting(): number;
+  /** Of these words so many have been read before, as the beginning of a prompt; from now on all have. */
+  read(words: readonly string[]): number;
   /** Counts the answers. */
   nextAnswer(): number;
 }

@@ -82,7 +82,8 @@ export async function generate(call: Call, info: ModelInfo, dialect: Dialect): P
   const limit = contextOf(info, behaviour);
   if (tokens > limit && (await refuse(call, "tooLong", { tokens, limit }))) return;
   await host.hold(call, info, async () => {
-    const answer = answerOf(call, info, dialect);
+    const cached = await readPrompt(call);
+    const answer = answerOf(call, info, dialect, cached);
     const isStream = dialect.streamsByDefault ? json.stream !== false : json.stream === true;
     if (isStream && behaviour.fault?.kind !== "unstreamed") {
       await pause(behaviour.headersDelayMs, reply.left);
@@ -98,6 +99,16 @@ export async function generate(call: Call, info: ModelInfo, dialect: Dialect): P
     if (behaviour.fault?.kind === "dies" && (await refuse(call, "crashed"))) return;
     await sendWhole(reply, behaviour, answer, keep);
   });
+}
+
+/** Takes as long as that does; tells how much of it was known. */
+async function readPrompt({ behaviour, host, request, reply }: Call): Promise<number | null> {
+  const { prefill, cachedTokens } = behaviour;
+  if (prefill === null) return cachedTokens;
+  const words = wordsOf(request.json);
+  const cached = prefill.keeps ? host.read(words) : 0;
+  await pause((words.length - cached) * prefill.msPerToken, reply.left);
+  return cached;
 }
 
 function jobOf(call: Call, info: ModelInfo): Job {
@@ -116,7 +127,7 @@ function jobOf(call: Call, info: ModelInfo): Job {
   };
 }
 
-function answerOf(call: Call, info: ModelInfo, dialect: Dialect): Answer {
+function answerOf(call: Call, info: ModelInfo, dialect: Dialect, cached: number | null): Answer {
   const { behaviour, request } = call;
   const job = jobOf(call, info);
   const words = Array.isArray(behaviour.tokens)
@@ -139,7 +150,7 @@ function answerOf(call: Call, info: ModelInfo, dialect: Dialect): Answer {
   const usage: Usage = {
     input: seenTokens(call),
     output: pieces.length,
-    cached: behaviour.cachedTokens,
+    cached,
   };
   const reason = spoken.length < words.length ? "length" : natural;
   const { style } = job;
@@ -228,8 +239,12 @@ export function refuses(problem: Parameters<typeof refuse>[1]): Handler {
 }
 
 function countWords(json: Json): number {
+  return wordsOf(json).length;
+}
+
+function wordsOf(json: Json): string[] {
   const texts = JSON.stringify(json.messages ?? json.prompt ?? json.input ?? "");
-  return (texts.match(/\w+/g) ?? []).length;
+  return texts.match(/\w+/g) ?? [];
 }
 
 /** Four numbers that depend on the input and fit a float32. */

@@ -89,6 +89,8 @@ class Engine implements Host {
   active = 0;
   answers = 0;
   #slots = new Slots();
+  /** Prompts that were read, as words. */
+  #read: (readonly string[])[] = [];
 
   constructor({ kind = "openai", models, behaviour }: EngineOptions) {
     this.profile = profiles[kind];
@@ -131,6 +133,7 @@ class Engine implements Host {
         this.behaviour = { ...this.initial };
         this.perModel.clear();
         requests.length = 0;
+        this.#read = [];
         residency.clear();
       },
       openConnections: () => server.openConnections(),
@@ -159,6 +162,16 @@ class Engine implements Host {
 
   waiting(): number {
     return this.#slots.waiting();
+  }
+
+  read(words: readonly string[]): number {
+    let most = 0;
+    for (const before of this.#read) {
+      const end = words.findIndex((word, at) => before[at] !== word);
+      most = Math.max(most, end === -1 ? words.length : end);
+    }
+    this.#read.push(words);
+    return most;
   }
 
   nextAnswer(): number {
