@@ -24,7 +24,7 @@ import { expectError } from "../support/fleet.ts";
 import type { Gateway, GatewayOptions } from "../support/gateway.ts";
 import { startGateway } from "../support/gateway.ts";
 
-const TIMEOUT = { timeout: 20_000 };
+const TIMEOUT = { timeout: 60_000 };
 const model = ["test-model"];
 
 interface Operated {
@@ -394,12 +394,13 @@ describe("drain and resume", () => {
 
   it("let what streams finish, and send what waits elsewhere", TIMEOUT, async () => {
     await operating(two, {}, async ({ admin, engines, url }) => {
-      for (const engine of Object.values(engines)) engine.behave({ tokens: 30, tokenDelayMs: 40 });
+      for (const engine of Object.values(engines)) engine.behave({ tokens: 30, tokenDelayMs: 100 });
       const streams = await Promise.all(
         [1, 2].map(() => open(`${url}/v1/chat/completions`, chatBody({ stream: true }))),
       );
       const on = streams.map(({ headers }) => headers.get("x-tidegate-backend"));
       assert.deepEqual(new Set(on), new Set(["a", "b"]));
+      for (const engine of Object.values(engines)) engine.behave({ tokenDelayMs: 0 });
       const backends = async () => (await admin("backends")).json() as unknown as Fields[];
       const waiting = [openaiChat(url), openaiChat(url), openaiChat(url)];
       const queued = async () =>
@@ -648,11 +649,11 @@ describe("POST reload", () => {
           await to({});
           shown(await admin("reload", ""));
           // What loads the exporter, for the first of the two, has come to its end by then.
-          await sleep(1000);
+          await sleep(2000);
           assert.equal((await openaiChat(url)).status, 200);
           await to({ otlpEndpoint });
           shown(await admin("reload", ""));
-          await sleep(1000);
+          await sleep(2000);
           assert.equal(exports, 0);
           assert.equal((await openaiChat(url)).status, 200);
           await gateway.stop();

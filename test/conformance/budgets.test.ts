@@ -19,7 +19,7 @@ import { checkEnvelope, expectError, startFleet, type Fleet } from "../support/f
 import type { LogRecord } from "../support/gateway.ts";
 import { by, isQuiet, tenantOf, withKeys, type BudgetReport } from "../support/tenants.ts";
 
-const TIMEOUT = { timeout: 20_000 };
+const TIMEOUT = { timeout: 60_000 };
 const DAY_MS = 86_400_000;
 /** Nobody comes near it. */
 const AMPLE = { budgets: [{ tokens: 1_000_000, window: "day" }] };

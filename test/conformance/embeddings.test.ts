@@ -13,7 +13,7 @@ import type { Fleet } from "../support/fleet.ts";
 import { expectError, startFleet } from "../support/fleet.ts";
 import { isQuiet } from "../support/tenants.ts";
 
-const TIMEOUT = { timeout: 20_000 };
+const TIMEOUT = { timeout: 60_000 };
 const MODEL = "some-embed";
 
 type Fields = Record<string, unknown>;

@@ -19,7 +19,7 @@ import { expectError, startFleet } from "../support/fleet.ts";
 import { GC_PRELOAD } from "../support/gateway.ts";
 import { isQuiet } from "../support/tenants.ts";
 
-const TIMEOUT = { timeout: 20_000 };
+const TIMEOUT = { timeout: 60_000 };
 const FOR_EVER = Number.POSITIVE_INFINITY;
 
 /** One that may leave: its answer is null then. */

@@ -17,7 +17,7 @@ import { expectError, startFleet, type Fleet } from "../support/fleet.ts";
 import type { LogRecord } from "../support/gateway.ts";
 import { by, isQuiet, tenantOf, tenantsOf, withKeys } from "../support/tenants.ts";
 
-const TIMEOUT = { timeout: 20_000 };
+const TIMEOUT = { timeout: 60_000 };
 
 describe("one slot and many who want it", () => {
   let fleet: Fleet<"a">;

@@ -4,7 +4,7 @@ import { after, afterEach, before, describe, it } from "node:test";
 import { chatBody, open, openaiChat, readEvents, send, until } from "../support/client.ts";
 import { expectError, startFleet, type Fleet } from "../support/fleet.ts";
 
-const TIMEOUT = { timeout: 20_000 };
+const TIMEOUT = { timeout: 60_000 };
 const ABC = ["a:1", "b:1", "c:1"];
 const LOAD_MS = 120;
 

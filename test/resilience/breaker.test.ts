@@ -246,7 +246,7 @@ describe("breaker: every backend fails", () => {
           const states = [await stateOf(fleet.gateway, "a"), await stateOf(fleet.gateway, "b")];
           return states.every((state) => state === "closed");
         };
-        assert.ok(await until(areClosed, 10_000), "both are in use");
+        assert.ok(await until(areClosed), "both are in use");
       } finally {
         await fleet.close();
       }
@@ -321,7 +321,7 @@ describe("breaker: of a model, and what is told of it", () => {
     const { breaker: still } = await reportOf(fleet.gateway, "a");
     assert.equal(still.state, "open");
     // It is counted from two clocks.
-    assert.ok(Math.abs((still.untilAt ?? 0) - (open.untilAt ?? 0)) < 100);
+    assert.ok(Math.abs((still.untilAt ?? 0) - (open.untilAt ?? 0)) < 1000);
     const sent = a.inference().length;
     for (const name of ["x", "y"]) {
       assert.equal((await openaiChat(fleet.url, { model: name })).status, 200);

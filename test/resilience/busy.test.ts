@@ -2,6 +2,7 @@
 import assert from "node:assert/strict";
 import { describe, it } from "node:test";
 import { openaiChat, until } from "../support/client.ts";
+import { effort } from "../support/effort.ts";
 import type { FakeEngine } from "../support/engine.ts";
 import { faults } from "../support/engine-behaviour.ts";
 import type { Fleet } from "../support/fleet.ts";
@@ -9,9 +10,9 @@ import { expectError, startFleet } from "../support/fleet.ts";
 import type { Got } from "./load.ts";
 import { ask } from "./load.ts";
 
-const TIMEOUT = { timeout: 30_000 };
+const TIMEOUT = { timeout: 60_000 };
 const MANY = { timeout: 100_000 };
-const REQUESTS = 10_000;
+const REQUESTS = effort(10_000, 1 / 5);
 const LANES = 48;
 const model = ["test-model"];
 

@@ -6,7 +6,7 @@ import { connect, dataOf, openaiChat, parseSse, postBytes, send, until } from ".
 import type { FakeEngine } from "./engine.ts";
 import { startEngine } from "./engine.ts";
 
-const TIMEOUT = { timeout: 10_000 };
+const TIMEOUT = { timeout: 60_000 };
 const USAGE = { stream_options: { include_usage: true } };
 
 interface Chunk {
