@@ -331,12 +331,14 @@ describe("GET tenants", () => {
         const midnight = Math.ceil(Date.now() / 86_400_000) * 86_400_000;
         assert(Math.abs((day["resetAt"] as number) - midnight) <= 2, "Unix milliseconds");
 
-        engines["a"]?.behave({ promptTokens: 500, tokens: 500, headersDelayMs: 300 });
+        engines["a"]?.behave({ promptTokens: 500, tokens: 500, headersDelayMs: Infinity });
         const by = (key: string) => ({ headers: { authorization: `Bearer ${key}` } });
         const answers = [openaiChat(url, {}, by("team's")), openaiChat(url, {}, by("anybody's"))];
         assert(await until(async () => (await read())[1]["inFlight"] === 1));
         const [running] = (await read())[1]["budgets"] as [Fields];
         assert((running["reserved"] as number) > 0);
+        assert(await until(async () => (await read())[0]["inFlight"] === 1));
+        engines["a"]?.release();
         for (const answer of await Promise.all(answers)) assert.equal(answer.status, 200);
         const [theirs, ours] = await read();
         const tokens = { input: 500, output: 500, estimated: 0 };

@@ -10,7 +10,7 @@ import { freePort, startGateway } from "../support/gateway.ts";
 
 const TIMEOUT = { timeout: 60_000 };
 /** Probes as quick as the configuration allows. */
-const quick = { healthInterval: 100, timeout: 150 };
+const quick = { healthInterval: 100, timeout: 500 };
 const rare = { healthInterval: 600_000 };
 const model = ["test-model"];
 
@@ -65,13 +65,14 @@ describe("health", () => {
     async () => {
       const fleet = await startFleet({ a: { models: model, backend: quick } });
       try {
-        fleet.engines.a.behave({ probeFault: faults.htmlGateway(500), headersDelayMs: 300 });
+        fleet.engines.a.behave({ probeFault: faults.htmlGateway(500), headersDelayMs: Infinity });
         assert.ok(await until(async () => (await healthOf(fleet.url, "a")) === "unhealthy"));
         const trial = openaiChat(fleet.url);
         assert.ok(await until(() => fleet.engines.a.inference().length === 1));
         const refused = await openaiChat(fleet.url);
         expectError(refused, 503, "no_backend_available");
         assert.ok(Number(refused.headers.get("retry-after")) >= 1);
+        fleet.engines.a.release();
         const answer = await trial;
         assert.equal(answer.status, 200);
         assert.equal(answer.headers.get("x-tidegate-reason"), "trial");

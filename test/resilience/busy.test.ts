@@ -211,12 +211,13 @@ describe("busy: where the request goes", () => {
     });
     const { a } = fleet.engines;
     try {
-      a.behave({ headersDelayMs: 300 });
+      a.behave({ headersDelayMs: Infinity });
       const running = ask(fleet.url, "running", false);
       assert.ok(await until(() => a.activeGenerations() === 1));
       const waiting = ask(fleet.url, "waiting", false);
       const isRefused = async (): Promise<boolean> => (await saturated(fleet)) === 1;
       assert.ok(await until(isRefused));
+      a.release();
       assert.equal((await running).error, null);
       const endedAt = Date.now();
       assert.deepEqual([(await waiting).error, (await waiting).attempts], [null, 2]);

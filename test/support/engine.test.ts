@@ -149,7 +149,7 @@ describe("fake engine: ollama", () => {
   });
 
   it("makes a second request for the same model wait without headers", TIMEOUT, async () => {
-    engine.behave({ headersDelayMs: 100 });
+    engine.behave({ headersDelayMs: Infinity });
     const first = openaiChat(engine.url, user("llama3:8b"));
     assert.ok(await until(() => engine.activeGenerations() === 1));
     const client = await connect(engine.port);
@@ -157,14 +157,17 @@ describe("fake engine: ollama", () => {
     assert.ok(await until(() => engine.waiting() === 1));
     assert.equal(client.status(), null);
     client.leave("close");
+    assert.ok(await until(() => engine.waiting() === 0));
+    engine.release();
     await first;
-    assert.ok(await until(() => engine.activeGenerations() + engine.waiting() === 0));
+    assert.ok(await until(() => engine.activeGenerations() === 0));
     assert.equal(engine.requests.at(-1)?.closedByClient, true);
   });
 
   it("loads one model at a time, and a client that leaves aborts the load", TIMEOUT, async () => {
-    engine.behave({ maxLoaded: 1, loadMs: 500 });
+    engine.behave({ maxLoaded: 1 });
     await openaiChat(engine.url, user("llama3:8b"));
+    engine.behave({ loadMs: 1500 });
     const client = await connect(engine.port);
     client.write(postBytes("/v1/chat/completions", user("mistral:7b")));
     assert.ok(await until(() => engine.loads.length === 2));
@@ -186,7 +189,7 @@ describe("fake engine: ollama", () => {
   });
 
   it("refuses when the queue of loads is full", TIMEOUT, async () => {
-    engine.behave({ maxLoaded: 1, loadMs: 60, maxQueue: 1 });
+    engine.behave({ maxLoaded: 1, loadMs: 1000, maxQueue: 1 });
     const first = openaiChat(engine.url, user("llama3:8b"));
     await until(() => engine.loads.length === 1);
     const second = await openaiChat(engine.url, user("mistral:7b"));
