@@ -67,7 +67,7 @@ describe("busy: more than the engines take", () => {
     it(`${kind}: ${count} requests, none lost, none answered twice`, MANY, async () => {
       // Each takes four; the gateway believes in twice as many.
       const maxQueued = kind === "vllm" ? 4 : 0;
-      const behaviour = { slots: 4, maxQueued, tokens: 2, headersDelayMs: 2 };
+      const behaviour = { slots: 4, maxQueued, tokens: 2, headersDelayMs: 8 };
       const member = { kind, models: model, behaviour, backend: { concurrency: 8 } };
       const fleet = await startFleet({ a: member, b: member });
       try {

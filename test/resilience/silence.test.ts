@@ -5,8 +5,8 @@ import { openaiChat, until } from "../support/client.ts";
 import { expectError, startFleet, type Fleet } from "../support/fleet.ts";
 
 const TIMEOUT = { timeout: 60_000 };
-const FIRST_BYTE_MS = 700;
-const backend = { healthInterval: 150, timeout: 150 };
+const FIRST_BYTE_MS = 1200;
+const backend = { healthInterval: 150, timeout: 600 };
 
 describe("silence before the first byte", () => {
   let fleet: Fleet<"loads">;
