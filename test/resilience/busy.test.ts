@@ -11,7 +11,7 @@ import type { Got } from "./load.ts";
 import { ask } from "./load.ts";
 
 const TIMEOUT = { timeout: 60_000 };
-const MANY = { timeout: 100_000 };
+const MANY = { timeout: 300_000 };
 const REQUESTS = effort(10_000, 1 / 5);
 const LANES = 48;
 const model = ["test-model"];
