@@ -28,7 +28,7 @@ function wordsOf(body: string): string {
 describe("errors in the dialects of engines", () => {
   let house: House;
   before(async () => {
-    house = await startHouse({ queue: { maxWaitMs: 100 } });
+    house = await startHouse({ queue: { maxWaitMs: 600 } });
   });
   afterEach(() => house.fleet.reset());
   after(() => house.close());
