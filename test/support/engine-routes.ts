@@ -106,7 +106,7 @@ async function readPrompt({ behaviour, host, request, reply }: Call): Promise<nu
   if (prefill === null) return cachedTokens;
   const words = wordsOf(request.json);
   const cached = prefill.keeps ? host.read(words) : 0;
-  await pause((words.length - cached) * prefill.msPerToken, reply.left);
+  await host.delay((words.length - cached) * prefill.msPerToken, reply.left);
   return cached;
 }
 
