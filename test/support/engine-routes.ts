@@ -6,7 +6,6 @@ import { contextOf, refuse } from "./engine-profile.ts";
 import { responsesShape } from "./engine-responses.ts";
 import type { Job, Piece, Shape, Usage } from "./engine-shapes.ts";
 import { chatShape, completionsShape } from "./engine-shapes.ts";
-import { pause } from "./engine-socket.ts";
 import type { Answer } from "./engine-stream.ts";
 import { sendBody, sendWhole, streamAnswer } from "./engine-stream.ts";
 
@@ -86,7 +85,7 @@ export async function generate(call: Call, info: ModelInfo, dialect: Dialect): P
     const answer = answerOf(call, info, dialect, cached);
     const isStream = dialect.streamsByDefault ? json.stream !== false : json.stream === true;
     if (isStream && behaviour.fault?.kind !== "unstreamed") {
-      await pause(behaviour.headersDelayMs, reply.left);
+      await host.delay(behaviour.headersDelayMs, reply.left);
       if (!reply.left.aborted) await streamAnswer(reply, behaviour, answer, keep);
       return;
     }
@@ -94,7 +93,7 @@ export async function generate(call: Call, info: ModelInfo, dialect: Dialect): P
       behaviour;
     const stall = stallAfterTokens === null ? 0 : stallMs;
     const generating = tokenDelayMs * Math.max(0, answer.pieces.length - 1) + stall;
-    await pause(headersDelayMs + firstTokenDelayMs + generating, reply.left);
+    await host.delay(headersDelayMs + firstTokenDelayMs + generating, reply.left);
     if (reply.left.aborted) return;
     if (behaviour.fault?.kind === "dies" && (await refuse(call, "crashed"))) return;
     await sendWhole(reply, behaviour, answer, keep);
@@ -183,7 +182,7 @@ export function embedAs(format?: (vectors: number[][], info: ModelInfo) => unkno
     const isTokens = inputs.length > 0 && inputs.every((each) => typeof each === "number");
     const items = isTokens ? [inputs] : inputs;
     await host.hold(call, info, async () => {
-      await pause(behaviour.headersDelayMs, reply.left);
+      await host.delay(behaviour.headersDelayMs, reply.left);
       if (reply.left.aborted) return;
       const length = Math.min(behaviour.vectorLength, Number(dimensions ?? Infinity));
       const vectors = items
