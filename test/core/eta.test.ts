@@ -11,7 +11,9 @@ import {
   type SchedulerState,
   type Ticket,
 } from "../../src/core/lanes.ts";
+import { seenApart } from "../../src/core/fit.ts";
 import { step, type LanePlan } from "../../src/core/scheduler.ts";
+import { createTurns } from "../../src/core/turns.ts";
 import { TurnWorld, type Setting } from "./turn-world.ts";
 
 const ALIKE = {
@@ -283,6 +285,28 @@ describe("startIn: turns", () => {
     assert.equal(told(one, "b"), 1000);
     stay.asked = { at: -1, mayEvict: true };
     assert.equal(told(one, "b"), 2000);
+  });
+});
+
+describe("startIn: backends on one GPU", () => {
+  it("waits for the turn of a model of the other backend", () => {
+    const turns = createTurns();
+    const [one, other] = ["one ", "other "].map((prefix) => {
+      const state = createScheduler(turns, prefix);
+      const places = { limit: 100, used: 0 };
+      const lanes = [{ model: "m", slots: 1, shared: [], places, loaded: prefix === "one " }];
+      step(state, { type: "configure", available: true, concurrency: Infinity, lanes }, 0);
+      return state;
+    }) as [SchedulerState, SchedulerState];
+    for (const lane of turns.lanes.values()) {
+      lane.stay.loadMs = 1000;
+      Object.assign(lane, { serviceMs: 200 });
+    }
+    seenApart(turns.fit, new Set(turns.lanes.keys()), 0);
+    assert.equal(startIn(other, ticket(), 0), 1000);
+    arrive(one, 3);
+    assert.equal(startIn(one, ticket(), 0), 600);
+    assert.equal(startIn(other, ticket(), 0), 3 * 200 + 1000);
   });
 });
 
