@@ -169,6 +169,18 @@ describe("truncated streams", () => {
     }
   });
 
+  it("half a ping behind a finished answer is nothing, not an event", TIMEOUT, async () => {
+    const chunk = (delta: object, finish_reason: string | null) =>
+      `data: ${JSON.stringify({ choices: [{ index: 0, delta, finish_reason }] })}\n\n`;
+    const whole = chunk({ content: "a" }, null) + chunk({}, "stop");
+    for (const rest of ["event: ping\n", "id: 7\n", ": ping\n"]) {
+      fleet.engines.a.behave({ fault: { kind: "raw", body: whole + rest } });
+      assert.equal((await ask("/v1/chat/completions")).text, whole);
+    }
+    fleet.engines.a.behave({ fault: { kind: "raw", body: `${whole}data: [DONE]\n` } });
+    assert.equal((await ask("/v1/chat/completions")).text, `${whole}data: [DONE]\n`);
+  });
+
   it(
     "an answer in one piece too large to hold is passed on, and breaks off where it broke",
     TIMEOUT,
