@@ -135,7 +135,7 @@ function hasSlot(state: SchedulerState, lane: Lane): boolean {
 }
 
 /** Slots that a request of this lane could have now. */
-export function freeIn({ backend }: SchedulerState, { slots, shared }: Lane): number {
+function freeIn({ backend }: SchedulerState, { slots, shared }: Lane): number {
   let free = Math.min(slots.limit - slots.used, backend.limit - backend.used);
   for (const cap of shared) free = Math.min(free, cap.limit - cap.used);
   return free;
