@@ -3,8 +3,10 @@
  * found. Milliseconds.
  */
 export interface Pace {
-  /** Of a short prompt; moving average, null before the first. */
+  /** Of a short prompt; moving average, null before the second. */
   baseMs: number | null;
+  /** What the last short prompt took. */
+  lastMs: number | null;
   /** What long prompts took beyond that, and their tokens: sums, the older the less. */
   prefillMs: number;
   prefillTokens: number;
@@ -30,17 +32,23 @@ const MEMORY_TOKENS = 16_384;
 const HALF_LIFE_MS = 60_000;
 
 export function createPace(): Pace {
-  return { baseMs: null, prefillMs: 0, prefillTokens: 0, at: -Infinity };
+  return { baseMs: null, lastMs: null, prefillMs: 0, prefillTokens: 0, at: -Infinity };
 }
 
 /** An answer began `ttftMs` after it was sent, with so many tokens of its prompt not cached. */
 export function learnPace(pace: Pace, tokens: number, ttftMs: number, now: number): void {
-  pace.at = now;
   if (tokens < SHORT_TOKENS) {
-    const before = pace.baseMs ?? ttftMs;
-    pace.baseMs = before + BASE_WEIGHT * (ttftMs - before);
+    const { lastMs } = pace;
+    pace.lastMs = ttftMs;
+    if (lastMs === null) return;
+    // One slow answer is an accident, the first mostly: all requests would go elsewhere for a minute.
+    const quickMs = Math.min(lastMs, ttftMs);
+    const before = pace.baseMs ?? quickMs;
+    pace.baseMs = before + BASE_WEIGHT * (quickMs - before);
+    pace.at = now;
     return;
   }
+  pace.at = now;
   const kept = MEMORY_TOKENS / (MEMORY_TOKENS + tokens);
   pace.prefillMs = pace.prefillMs * kept + Math.max(0, ttftMs - (pace.baseMs ?? 0));
   pace.prefillTokens = pace.prefillTokens * kept + tokens;

@@ -17,10 +17,12 @@ function near(actual: number | null, expected: number, share = 0.01): void {
   assert(actual !== null && Math.abs(actual - expected) <= share * expected, `${actual}`);
 }
 
-/** @param answers tokens and milliseconds. */
+/** @param answers tokens and milliseconds; each short one comes twice, or it would not count. */
 function learned(answers: readonly (readonly [number, number])[], at = 0): Pace {
   const pace = createPace();
-  for (const [tokens, ttftMs] of answers) learnPace(pace, tokens, ttftMs, at);
+  for (const [tokens, ttftMs] of answers) {
+    for (let times = tokens < 256 ? 2 : 1; times > 0; times--) learnPace(pace, tokens, ttftMs, at);
+  }
   return pace;
 }
 
@@ -41,6 +43,16 @@ describe("pace", () => {
     assert.deepEqual(measuredPace(pace), { baseMs: 200, perTokenMs: 0.5 });
     assert.equal(beginsIn(pace, 2000, FIRST_PACE, 0), 1200);
     assert.equal(beginsIn(pace, 0, FIRST_PACE, 0), 200);
+  });
+
+  it("is not moved by one slow answer, the first or any other, but by two", () => {
+    const pace = createPace();
+    learnPace(pace, 10, 900, 0);
+    assert.equal(measuredPace(pace).baseMs, null);
+    for (const ttftMs of [100, 100, 5000, 100, 5000]) learnPace(pace, 10, ttftMs, 0);
+    assert.equal(measuredPace(pace).baseMs, 100);
+    learnPace(pace, 10, 5000, 0);
+    assert.equal(measuredPace(pace).baseMs, 100 + 0.2 * 4900);
   });
 
   it("takes the one without the other: a guess stands for what is missing", () => {
