@@ -199,6 +199,13 @@ export class Fleet {
     return failedLoad(this.#lives, model, this.#options.now());
   }
 
+  /** Is there a backend of this model that is not known to be of no use now? */
+  isUp({ name }: Model): boolean {
+    const now = this.#options.now();
+    const anyone = { model: name, barred: new Set<string>() };
+    return [...this.#lives.values()].some((live) => couldServe(live, anyone, this.breaker, now));
+  }
+
   /** In how many milliseconds the first of this model's open targets is tried again; null: none is open. */
   triedAgainIn(model: Model): number | null {
     return triedAgainIn(this.#lives, model, this.#options.now());

@@ -137,10 +137,10 @@ function isOpenTo(
   );
 }
 
-/** Might this backend serve a request whose model could not be loaded at another? */
+/** Might this backend serve such a request, as far as is known? */
 export function couldServe(
   { id, scheduler, health, guard }: Live,
-  { model, barred }: Ticket,
+  { model, barred }: Pick<Ticket, "model" | "barred">,
   settings: BreakerSettings,
   now: number,
 ): boolean {
