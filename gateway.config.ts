@@ -28,6 +28,7 @@ export default defineConfig({
   //     apiKey: "…", // sent to this backend as a bearer token
   //     concurrency: 12, // requests at once; absent: the engine's slots
   //     weight: 1, // its share among equals
+  //     gpu: "0", // backends with the same value share one GPU, and take turns where they do not fit together
   //     healthInterval: 5000, // ms between probes
   //     timeout: 3000, // ms a probe may take
   //     staleAfterMs: 18_000, // older knowledge is no knowledge; absent: 3 × healthInterval + timeout

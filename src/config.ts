@@ -66,6 +66,13 @@ const backend = z.strictObject({
     .optional()
     .describe("Requests at once in this backend, all models together. Absent: as the engine says."),
   weight: z.number().positive().default(1).describe("Its share among equals."),
+  gpu: z
+    .string()
+    .min(1)
+    .optional()
+    .describe(
+      "Backends with the same value share one GPU: where their models do not fit together, they take turns.",
+    ),
   healthInterval: ms.min(100).default(5000).describe("From probe to probe."),
   timeout: ms.min(100).default(3000).describe("For one probe; nothing else."),
   staleAfterMs: ms

@@ -102,14 +102,19 @@ export function assemble({ models: settings, wanted, seen, drained, startedAt }:
       model.targets.push(targetOf(backend, sight.kind, listed));
     }
     const { kind, health, reason, checkedAt } = sight;
-    const { id, url = "", weight, concurrency = null } = backend;
+    const { id, url = "", weight, concurrency = null, gpu = null } = backend;
     const isDrained = drained.has(id);
     const known = { id, kind, url, health, reason, checkedAt, drained: isDrained };
-    return { ...known, weight, concurrency, gpu: null };
+    return { ...known, weight, concurrency, gpu };
   });
   const sorted = [...models.values()].toSorted((a, b) => (a.name < b.name ? -1 : 1));
   const hidden = [...withheld].filter((name) => !models.has(name)).toSorted();
-  return { backends, models: sorted, withheld: hidden, warnings: warningsOf(sorted) };
+  return {
+    backends,
+    models: sorted,
+    withheld: hidden,
+    warnings: [...warningsOf(sorted), ...aloneOn(backends)],
+  };
 }
 
 function serves(ids: readonly string[], { id, group }: Wanted): boolean {
@@ -129,6 +134,17 @@ function targetOf(backend: Wanted, kind: Kind, listed: ListedModel): Target {
     digest,
     contextLength,
   };
+}
+
+/** Where a GPU is named for nothing. */
+function aloneOn(backends: readonly Backend[]): string[] {
+  return backends
+    .filter(({ gpu, kind, health }) => {
+      return gpu !== null && health !== "unknown" && engineOf(kind as Kind).load === null;
+    })
+    .map(({ id, kind, gpu }) => {
+      return `backend ${id} takes no turns on GPU ${gpu}: ${kind} keeps its model in memory, and cannot be asked to let go of it`;
+    });
 }
 
 /** Where a name means two things. */

@@ -1,6 +1,6 @@
 import { aheadOf, claimsIn, rankOf } from "./fairness.ts";
 import { freeIn, mayStart, slotsOf, type Lane, type SchedulerState, type Ticket } from "./lanes.ts";
-import { loadOf, placingFor, turnOver, wantedSince } from "./turns.ts";
+import { loadOf, placingFor, turnOver, wantedSince, type Contender } from "./turns.ts";
 
 /** What is taken for what nobody has measured yet, milliseconds. */
 export interface Guess {
@@ -76,12 +76,12 @@ function startBehind(
   return readyMs + Math.floor(ahead / slotsOf(state, lane)) * serviceOf(lane, guess);
 }
 
-function serviceOf(lane: Lane, guess: Guess): number {
+function serviceOf(lane: Contender, guess: Guess): number {
   return lane.serviceMs ?? guess.serviceMs;
 }
 
 /** How long what runs on these lanes still takes, the first to end first. */
-function endings(lanes: Iterable<Lane>, now: number, guess: Guess): number[] {
+function endings(lanes: Iterable<Contender>, now: number, guess: Guess): number[] {
   const left: number[] = [];
   for (const lane of lanes) {
     const serviceMs = serviceOf(lane, guess);
@@ -129,7 +129,7 @@ function rivalsOf(state: SchedulerState, own: Lane, ticket: Ticket): number {
 }
 
 /** How long those who wait for this model take, all slots being theirs. */
-function workOf(state: SchedulerState, lane: Lane, waiting: number, guess: Guess): number {
+function workOf(state: SchedulerState, lane: Contender, waiting: number, guess: Guess): number {
   return Math.ceil(waiting / slotsOf(state, lane)) * serviceOf(lane, guess);
 }
 
@@ -141,9 +141,9 @@ function readyIn(
   now: number,
   guess: Guess,
 ): number {
-  const { turns, lanes } = state;
-  const { change } = turns;
-  const loadMsOf = (each: Lane) => loadOf(each, lanes.values()) ?? guess.loadMs;
+  const { turns } = state;
+  const { change, lanes } = turns;
+  const loadMsOf = (each: Contender) => loadOf(each, lanes.values()) ?? guess.loadMs;
   let at = 0;
   const coming = change?.model == null ? undefined : lanes.get(change.model);
   if (change !== null && coming !== undefined) {
@@ -159,10 +159,10 @@ function readyIn(
     at += loadMsOf(other) + workOf(state, other, other.line.waiting, guess);
   }
   let leaveMs = 0;
-  const { leaving, known } = placingFor(turns, lanes, ticket.model);
+  const { leaving, known } = placingFor(turns, state.prefix + ticket.model);
   for (const name of leaving) {
-    const resident = lanes.get(name) as Lane;
-    const over = turnOver(turns, lanes, lane, since, resident, known);
+    const resident = lanes.get(name) as Contender;
+    const over = turnOver(turns, lane, since, resident, known);
     leaveMs = Math.max(leaveMs, leaveIn(state, resident, over, now, guess));
   }
   return at + leaveMs + loadMsOf(lane);
@@ -171,7 +171,7 @@ function readyIn(
 /** When a loaded model has had its turn, which ends when nobody waits or, behind its gate, at `over`. */
 function leaveIn(
   state: SchedulerState,
-  lane: Lane,
+  lane: Contender,
   over: number,
   now: number,
   guess: Guess,

@@ -1,6 +1,6 @@
 import { headOf, positionIn, type Claim, type Line } from "./fairness.ts";
 import type { Chain } from "./prefix.ts";
-import { createTurns, isCooling, type Stay, type Turns } from "./turns.ts";
+import { createTurns, isCooling, type Contender, type Stay, type Turns } from "./turns.ts";
 
 /** Something of which only so much may be in use: slots, a backend's sum, places in a queue. */
 export interface Cap {
@@ -67,11 +67,14 @@ export interface SchedulerState {
   passed: number;
   /** The engine said that it is busy: nobody starts until then, or until somebody ends. */
   heldUntil: number | null;
-  /** Which models are served, where not all of them fit. */
+  /** Which models are served, where not all of them fit; one for all backends on a GPU. */
   turns: Turns;
+  /** What the names of this backend's models begin with in there. */
+  prefix: string;
 }
 
-export function createScheduler(): SchedulerState {
+/** @param turns shared with other backends; then `prefix` tells them apart. */
+export function createScheduler(turns = createTurns(), prefix = ""): SchedulerState {
   return {
     available: true,
     backend: { limit: Infinity, used: 0 },
@@ -79,7 +82,8 @@ export function createScheduler(): SchedulerState {
     waiting: 0,
     passed: 0,
     heldUntil: null,
-    turns: createTurns(),
+    turns,
+    prefix,
   };
 }
 
@@ -138,7 +142,7 @@ export function freeIn({ backend }: SchedulerState, { slots, shared }: Lane): nu
 }
 
 /** Slots that requests of this lane could have if nothing else ran, at least 1. */
-export function slotsOf({ backend }: SchedulerState, { slots, shared }: Lane): number {
+export function slotsOf({ backend }: SchedulerState, { slots, shared }: Contender): number {
   let most = Math.min(slots.limit, backend.limit);
   for (const cap of shared) most = Math.min(most, cap.limit);
   return Math.max(1, most);

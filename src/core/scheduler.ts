@@ -29,6 +29,7 @@ import {
   planTurn,
   refresh,
   reportResidency,
+  type Turns,
 } from "./turns.ts";
 
 export interface LanePlan {
@@ -61,6 +62,8 @@ export type SchedulerEvent =
   | { type: "configure"; available: boolean; concurrency: number; lanes: readonly LanePlan[] }
   /** `queue.turnMs` from now on. */
   | { type: "turns"; turnMs: number | "auto" }
+  /** These are its turns from now on, in which the names of its models begin with `prefix`. */
+  | { type: "share"; turns: Turns; prefix: string }
   /** What the engine has in memory. Without such an event everything counts as loaded. */
   | { type: "residency"; loaded: ReadonlySet<string> }
   /**
@@ -94,7 +97,9 @@ export type SchedulerEffect =
   | { type: "reselect"; ticket: Ticket }
   /**
    * Put these models out of memory, then load that one (null: none), with nothing else under way,
-   * whoever comes or leaves meanwhile; then send `loaded` or `loadFailed`.
+   * whoever comes or leaves meanwhile; then send `loaded` or `loadFailed`. Where backends share their
+   * turns the names are those in there, with the backends' prefixes, and the backend that is told is
+   * the one of the model.
    */
   | { type: "load"; model: string | null; unload: readonly string[] }
   /** Send a `timer` event then. Replaces an earlier one. */
@@ -140,15 +145,19 @@ export function step(state: SchedulerState, event: SchedulerEvent, now: number):
       state.turns.turnMs = event.turnMs;
       serve(state, now, effects);
       break;
+    case "share":
+      share(state, event);
+      serve(state, now, effects);
+      break;
     case "room":
       serve(state, now, effects);
       break;
     case "residency":
-      reportResidency(state.turns, state.lanes, event.loaded, now);
+      reportResidency(state.turns, event.loaded, now, state.lanes);
       serve(state, now, effects);
       break;
     case "loaded":
-      finishChange(state.turns, state.lanes, event.loadMs, event.loaded, now);
+      finishChange(state.turns, event.loadMs, event.loaded, now);
       serve(state, now, effects);
       break;
     case "loadFailed":
@@ -296,7 +305,7 @@ function complete(
 
 /** Ends turns that are over, grants to whoever is next, and begins the load that is due. */
 function serve(state: SchedulerState, now: number, effects: SchedulerEffect[]) {
-  const { turns, lanes } = state;
+  const { turns } = state;
   const wokeAt = turns.wakeAt;
   turns.wakeAt = Infinity;
   if (!turns.active || !state.available) return dispatch(state, now, effects);
@@ -304,11 +313,11 @@ function serve(state: SchedulerState, now: number, effects: SchedulerEffect[]) {
   let waited;
   do {
     waited = state.waiting;
-    due = planTurn(turns, lanes, now);
-    if (due !== null && isDrained(due, lanes)) {
-      beginChange(turns, lanes, due);
+    due = planTurn(turns, now);
+    if (due !== null && isDrained(due, turns)) {
+      beginChange(turns, due);
       effects.push({ type: "load", model: due.model, unload: due.unload });
-      planTurn(turns, lanes, now);
+      planTurn(turns, now);
     }
     dispatch(state, now, effects);
     // Whoever has started may have been the last of a gate.
@@ -324,8 +333,8 @@ function loadFailed(
   effects: SchedulerEffect[],
 ) {
   const model = state.turns.change?.model ?? null;
-  const retryAfterMs = failChange(state.turns, state.lanes, loaded, now);
-  const lane = model === null ? undefined : state.lanes.get(model);
+  const retryAfterMs = failChange(state.turns, loaded, now);
+  const lane = model === null ? undefined : state.lanes.get(model.slice(state.prefix.length));
   if (lane === undefined || retryAfterMs === null) return;
   for (const ticket of oldestFirst(lane)) {
     take(state, ticket);
@@ -342,7 +351,7 @@ function wish(
   if (stay === undefined) return;
   if (event.type === "unload") stay.unwanted = stay.residency === "loaded";
   else if (stay.residency !== "loaded") stay.asked = { at: now, mayEvict: event.mayEvict };
-  refresh(state.turns, state.lanes);
+  refresh(state.turns);
 }
 
 /** Grants to whoever is next, until nobody can start. */
@@ -375,7 +384,9 @@ function configure(
       const line = createLine<Ticket>();
       const stay = createStay(loaded);
       const empty = { line, running: new Map(), promises: [], serviceMs: null };
-      state.lanes.set(model, { slots: fresh, shared, places, stay, ...empty });
+      const lane = { slots: fresh, shared, places, stay, ...empty };
+      state.lanes.set(model, lane);
+      state.turns.lanes.set(state.prefix + model, lane);
     } else {
       lane.slots.limit = slots;
     }
@@ -385,9 +396,22 @@ function configure(
     if (gone) lane.slots.limit = 0;
     if (gone || !plan.available) recall(state, lane, effects);
     // A lane with running requests stays, or their completion would find no counters to lower.
-    if (gone && lane.slots.used === 0) state.lanes.delete(model);
+    if (!gone || lane.slots.used > 0) continue;
+    state.lanes.delete(model);
+    state.turns.lanes.delete(state.prefix + model);
   }
-  refresh(state.turns, state.lanes);
+  refresh(state.turns);
+}
+
+function share(
+  state: SchedulerState,
+  { turns, prefix }: Extract<SchedulerEvent, { type: "share" }>,
+) {
+  for (const model of state.lanes.keys()) state.turns.lanes.delete(state.prefix + model);
+  refresh(state.turns);
+  Object.assign(state, { turns, prefix });
+  for (const [model, lane] of state.lanes) turns.lanes.set(prefix + model, lane);
+  refresh(turns);
 }
 
 function expire(state: SchedulerState, now: number, effects: SchedulerEffect[]) {

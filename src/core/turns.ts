@@ -37,6 +37,8 @@ export interface Contender {
   readonly stay: Stay;
   readonly line: Line<Claim>;
   readonly slots: { readonly limit: number; readonly used: number };
+  readonly shared: readonly { readonly limit: number }[];
+  readonly running: ReadonlyMap<unknown, { readonly startedAt: number }>;
   readonly serviceMs: number | null;
 }
 
@@ -53,8 +55,10 @@ export interface Change {
   startedAt: number;
 }
 
-/** Whose turn it is in one backend. */
+/** Whose turn it is in one backend, or in several that share a GPU. */
 export interface Turns {
+  /** By model; where several backends share, by backend and model (see `share`). */
+  lanes: Map<string, Contender>;
   turnMs: number | "auto";
   /** Something is not loaded, or is to go: until then nothing here matters. */
   active: boolean;
@@ -78,6 +82,7 @@ const LONGEST_COOL_DOWN_MS = 80_000;
 
 export function createTurns(): Turns {
   return {
+    lanes: new Map(),
     turnMs: "auto",
     active: false,
     change: null,
@@ -134,7 +139,7 @@ export function isCooling({ stay }: Contender, now: number): boolean {
   return stay.residency !== "loaded" && stay.retryAt > now;
 }
 
-function residents(lanes: ReadonlyMap<string, Contender>): Set<string> {
+function residents({ lanes }: Turns): Set<string> {
   const names = new Set<string>();
   for (const [name, { stay }] of lanes) if (stay.residency === "loaded") names.add(name);
   return names;
@@ -155,11 +160,10 @@ export function wantedSince({ stay, line }: Contender): number | null {
 /** Who must leave for this model. */
 export function placingFor(
   turns: Turns,
-  lanes: ReadonlyMap<string, Contender>,
   model: string,
-  resident: ReadonlySet<string> = residents(lanes),
+  resident: ReadonlySet<string> = residents(turns),
 ): Placing {
-  return placing(turns.fit, resident, model, (each) => workOf(lanes.get(each)));
+  return placing(turns.fit, resident, model, (each) => workOf(turns.lanes.get(each)));
 }
 
 /** A model that could be loaded next. */
@@ -174,31 +178,31 @@ interface Next extends Placing {
 
 function nextOf(
   turns: Turns,
-  lanes: ReadonlyMap<string, Contender>,
   resident: ReadonlySet<string>,
   model: string,
   now: number,
 ): Next | null {
+  const { lanes } = turns;
   const lane = lanes.get(model) as Contender;
   const since = wantedSince(lane);
   if (lane.stay.residency !== "cold" || since === null || lane.stay.retryAt > now) return null;
-  const place = placingFor(turns, lanes, model, resident);
+  const place = placingFor(turns, model, resident);
   const over = new Map<string, number>();
   let readyAt = -Infinity;
   for (const name of place.leaving) {
     const other = lanes.get(name) as Contender;
-    const end = turnEnd(turns, lanes, lane, since, other, place.known);
+    const end = turnEnd(turns, lane, since, other, place.known);
     over.set(name, end);
     // With nobody waiting it ends by itself.
     if (other.line.waiting > 0) readyAt = Math.max(readyAt, end);
   }
   const isCourtesy = lane.line.waiting === 0 && lane.stay.asked?.mayEvict === false;
-  if (isCourtesy && !fitsIdly(lanes, place)) readyAt = Infinity;
+  if (isCourtesy && !fitsIdly(turns, place)) readyAt = Infinity;
   return { ...place, model, since, over, readyAt };
 }
 
 /** What nobody waits for is loaded where nobody leaves for it, or where nobody has tried and all is idle. */
-function fitsIdly(lanes: ReadonlyMap<string, Contender>, { leaving, known }: Placing): boolean {
+function fitsIdly({ lanes }: Turns, { leaving, known }: Placing): boolean {
   if (known) return leaving.length === 0;
   return leaving.every((each) => workOf(lanes.get(each)) === 0);
 }
@@ -206,13 +210,12 @@ function fitsIdly(lanes: ReadonlyMap<string, Contender>, { leaving, known }: Pla
 /** When one model has had its turn and another may take its memory, behind the gate. */
 function turnEnd(
   turns: Turns,
-  lanes: ReadonlyMap<string, Contender>,
   wanted: Contender,
   since: number,
   resident: Contender,
   known: boolean,
 ): number {
-  return resident.stay.gate > 0 ? Infinity : turnOver(turns, lanes, wanted, since, resident, known);
+  return resident.stay.gate > 0 ? Infinity : turnOver(turns, wanted, since, resident, known);
 }
 
 /**
@@ -223,7 +226,6 @@ function turnEnd(
  */
 export function turnOver(
   turns: Turns,
-  lanes: ReadonlyMap<string, Contender>,
   wanted: Contender,
   since: number,
   { stay, line, slots, serviceMs }: Contender,
@@ -231,7 +233,7 @@ export function turnOver(
 ): number {
   // Where two have never been tried together it is worth one early change to find out.
   if (!known) return -Infinity;
-  const loadMs = loadOf(wanted, lanes.values());
+  const loadMs = loadOf(wanted, turns.lanes.values());
   let length = turnLength(turns.turnMs, loadMs, serviceMs, slots.limit);
   const head = headOf(wanted.line);
   const isLower = head !== undefined && rankOf(head) < bestRankIn(line);
@@ -244,17 +246,14 @@ export function turnOver(
  *
  * @returns the change to begin, once `isDrained`; null: none is due.
  */
-export function planTurn(
-  turns: Turns,
-  lanes: ReadonlyMap<string, Contender>,
-  now: number,
-): Change | null {
+export function planTurn(turns: Turns, now: number): Change | null {
+  const { lanes } = turns;
   turns.wakeAt = Infinity;
   for (const [name, { stay }] of lanes) {
     stay.closing = stay.unwanted || turns.change?.leaving.has(name) === true;
   }
   if (turns.change !== null) return null;
-  const resident = residents(lanes);
+  const resident = residents(turns);
   for (const name of resident) {
     const lane = lanes.get(name) as Contender;
     if (lane.stay.unwanted && lane.slots.used === 0) {
@@ -264,7 +263,7 @@ export function planTurn(
   }
   let next: Next | null = null;
   for (const name of lanes.keys()) {
-    const wish = nextOf(turns, lanes, resident, name, now);
+    const wish = nextOf(turns, resident, name, now);
     if (wish === null) continue;
     if (wish.readyAt > now) turns.wakeAt = Math.min(turns.wakeAt, wish.readyAt);
     else if (next === null || wish.since < next.since) next = wish;
@@ -281,30 +280,28 @@ export function planTurn(
 }
 
 /** Nothing runs on what must leave: the engine never has to stop or wait for anything of ours. */
-export function isDrained({ leaving }: Change, lanes: ReadonlyMap<string, Contender>): boolean {
+export function isDrained({ leaving }: Change, { lanes }: Turns): boolean {
   return [...leaving].every((name) => (lanes.get(name)?.slots.used ?? 0) === 0);
 }
 
 /** Begins a change that `planTurn` has named. */
-export function beginChange(
-  turns: Turns,
-  lanes: ReadonlyMap<string, Contender>,
-  change: Change,
-): void {
+export function beginChange(turns: Turns, change: Change): void {
   turns.change = change;
-  const lane = change.model === null ? undefined : lanes.get(change.model);
+  const lane = change.model === null ? undefined : turns.lanes.get(change.model);
   if (lane !== undefined) lane.stay.residency = "loading";
 }
 
 /**
  * Takes what a look at the engine has shown. While a change is under way that is the past.
  * What has come or gone without us starts a new turn.
+ *
+ * @param lanes those that it has shown, by the names that are in `loaded`.
  */
 export function reportResidency(
   turns: Turns,
-  lanes: ReadonlyMap<string, Contender>,
   loaded: ReadonlySet<string>,
   now: number,
+  lanes: ReadonlyMap<string, Contender> = turns.lanes,
 ): void {
   if (turns.change !== null) return;
   for (const [name, { stay, line, slots }] of lanes) {
@@ -319,14 +316,14 @@ export function reportResidency(
       Object.assign(stay, { failures: 0, asked: null });
     }
   }
-  seenTogether(turns.fit, residents(lanes));
-  refresh(turns, lanes);
+  seenTogether(turns.fit, residents(turns));
+  refresh(turns);
 }
 
 /** Is there anything to decide? Where everything is loaded there is not. */
-export function refresh(turns: Turns, lanes: ReadonlyMap<string, Contender>): void {
+export function refresh(turns: Turns): void {
   turns.active = turns.change !== null;
-  for (const { stay } of lanes.values()) {
+  for (const { stay } of turns.lanes.values()) {
     if (stay.residency !== "loaded" || stay.unwanted) turns.active = true;
     else stay.closing = false;
   }
@@ -348,7 +345,6 @@ function triedIn({ model, resident, unload }: Change): Set<string> {
  */
 export function finishChange(
   turns: Turns,
-  lanes: ReadonlyMap<string, Contender>,
   loadMs: number | null,
   loaded: ReadonlySet<string> | null,
   now: number,
@@ -357,7 +353,7 @@ export function finishChange(
   if (change === null) return;
   const { model, leaving, resident } = change;
   turns.change = null;
-  const lane = model === null ? undefined : lanes.get(model);
+  const lane = model === null ? undefined : turns.lanes.get(model);
   const there = new Set(loaded ?? [...resident].filter((each) => !leaving.has(each)));
   if (lane !== undefined && model !== null) {
     there.add(model);
@@ -369,7 +365,7 @@ export function finishChange(
       if (loaded !== null && !includes(there, tried)) seenApart(turns.fit, tried, now);
     }
   }
-  reportResidency(turns, lanes, there, now);
+  reportResidency(turns, there, now);
 }
 
 /**
@@ -381,7 +377,6 @@ export function finishChange(
  */
 export function failChange(
   turns: Turns,
-  lanes: ReadonlyMap<string, Contender>,
   loaded: ReadonlySet<string> | null,
   now: number,
 ): number | null {
@@ -389,7 +384,7 @@ export function failChange(
   if (change === null) return null;
   turns.change = null;
   const there = new Set(loaded ?? [...change.resident].filter((each) => !change.leaving.has(each)));
-  const lane = change.model === null ? undefined : lanes.get(change.model);
+  const lane = change.model === null ? undefined : turns.lanes.get(change.model);
   let coolDown: number | null = null;
   if (lane !== undefined && change.model !== null) {
     const { stay } = lane;
@@ -406,7 +401,7 @@ export function failChange(
       stay.asked = null;
     }
   }
-  reportResidency(turns, lanes, there, now);
+  reportResidency(turns, there, now);
   return coolDown;
 }
 
@@ -416,19 +411,20 @@ export function narrowGate({ stay, line }: Contender): void {
 }
 
 /** The model whose turn it is, the last that was loaded, and what is shown of it. */
-export function turnIn(
-  turns: Turns,
-  lanes: ReadonlyMap<string, Contender>,
-): { model: string; since: number; gate: number; next: string | null } | null {
+export function turnIn({
+  lanes,
+  active,
+  change,
+}: Turns): { model: string; since: number; gate: number; next: string | null } | null {
   let model: string | null = null;
   let since = -Infinity;
   for (const [name, { stay }] of lanes) {
     if (stay.residency === "loaded" && stay.since > since) [model, since] = [name, stay.since];
   }
-  if (!turns.active || model === null) return null;
-  let next = turns.change?.model ?? null;
+  if (!active || model === null) return null;
+  let next = change?.model ?? null;
   let oldest = Infinity;
-  for (const [name, lane] of turns.change === null ? lanes : []) {
+  for (const [name, lane] of change === null ? lanes : []) {
     const wanted = lane.stay.residency === "loaded" ? null : wantedSince(lane);
     if (wanted !== null && wanted < oldest) [next, oldest] = [name, wanted];
   }

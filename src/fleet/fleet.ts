@@ -4,6 +4,7 @@ import { nextOf, positionOf, waitsFor, type Cap, type Ticket } from "../core/lan
 import { judge } from "../core/outcome.ts";
 import { NO_PACE } from "../core/pace.ts";
 import { Sessions } from "../core/prefix.ts";
+import type { Turns } from "../core/turns.ts";
 import { step, type SchedulerEffect, type SchedulerEvent } from "../core/scheduler.ts";
 import type { Candidate, Credit } from "../core/select.ts";
 import {
@@ -14,7 +15,7 @@ import {
   type Target,
 } from "../core/snapshot.ts";
 import type { Connection, Engine } from "../engines/engine.ts";
-import { changeModels, type Loaded } from "./change.ts";
+import { changeModels, type Loaded, type Spot } from "./change.ts";
 import { beginOf, cachedIn, candidateOf, guessesFrom, sessionKey, type Guesses } from "./expect.ts";
 import { Grant } from "./grant.ts";
 import {
@@ -27,9 +28,13 @@ import {
   keyOf,
   loadedIn,
   loadSince,
+  namedIn,
+  namesOfLoaded,
+  prefixOf,
   reportsResidency,
   targetsOf,
   triedAgainIn,
+  turnsOf,
   turnReport,
   usageOf,
   type BreakerReport,
@@ -84,6 +89,8 @@ export class Fleet {
   /** Out of the configuration, with requests still running: they come back as they are. */
   readonly #leaving = new Set<Live>();
   readonly #shares = new Map<string, Share>();
+  /** The turns of each GPU that several backends share. */
+  readonly #gpus = new Map<string, Turns>();
   readonly #asking = new Map<Ticket, Asking>();
   readonly #sessions = new Sessions();
   readonly #upstream: Cap;
@@ -131,6 +138,8 @@ export class Fleet {
       if (backend.health === "healthy" && hadFailed) live.guard.retryNow(this.#options.now());
       live.health = backend.health;
       live.targets = targetsOf(snapshot, backend.id);
+      // An engine that loads nothing for us has what it has: nothing there can make room.
+      this.#shareGpu(live, live.engine.load === null ? null : backend.gpu);
       this.#configure(live, backend);
     }
     for (const [id, live] of this.#lives) {
@@ -159,6 +168,7 @@ export class Fleet {
   }
 
   #close(live: Live) {
+    this.#shareGpu(live, null);
     this.#run(live, { type: "configure", available: false, concurrency: 0, lanes: [] });
     clearTimeout(live.timer);
     if (live.scheduler.backend.used > 0) this.#leaving.add(live);
@@ -181,8 +191,7 @@ export class Fleet {
   }
 
   #guesses(model: string): Guesses {
-    const lives = [...this.#lives.values()].filter(({ targets }) => targets.has(model));
-    return guessesFrom(lives, model);
+    return guessesFrom([...this.#lives.values()], model);
   }
 
   /** How long an answer takes to begin once it is sent, milliseconds, by what has been measured alone. */
@@ -385,7 +394,10 @@ export class Fleet {
         case "expire": {
           const cause = effect.type === "refuse" ? effect.cause : "expired";
           // What cannot be loaded here may be loaded elsewhere.
-          if (cause === "load_failed" && this.#isServedElsewhere(live, effect.ticket)) {
+          const others = [...this.#lives.values()].filter((each) => each !== live);
+          const now = this.#options.now();
+          const isServed = (each: Live) => couldServe(each, effect.ticket, this.breaker, now);
+          if (cause === "load_failed" && others.some(isServed)) {
             asking?.decide({ type: "reselect" });
           } else {
             const retryAfterMs = effect.retryAfterMs * (1 + JITTER * this.#options.random());
@@ -397,27 +409,46 @@ export class Fleet {
     }
   }
 
-  #isServedElsewhere(live: Live, ticket: Ticket): boolean {
-    const now = this.#options.now();
-    return [...this.#lives.values()].some((other) => {
-      return other !== live && couldServe(other, ticket, this.breaker, now);
-    });
-  }
-
   /** Runs one change of models to its end, whoever comes or leaves. Never rejects. */
   async #change(live: Live, effect: Extract<SchedulerEffect, { type: "load" }>): Promise<void> {
     const { now, loaded: tell } = this.#options;
-    const connection = this.#connection(live);
-    const { load, changed } = await changeModels(live, connection, effect, this.loadMs, now);
-    const { model } = effect;
+    const { turns } = live.scheduler;
+    const wanted = effect.model === null ? null : this.#spot(live, effect.model);
+    const unload = effect.unload.flatMap((name) => this.#spot(live, name) ?? []);
+    const look = (each: Live) => this.#options.look(this.#connection(each), each.engine);
+    const wish = { load: wanted, unload };
+    const { load, changed } = await changeModels(live, wish, this.loadMs, now, look);
     const ms = now() - load.from;
-    if (model !== null) tell({ ...changed, backend: live.id, model, ms });
-    const wasSeen = await this.#options.look(connection, live.engine);
+    if (wanted !== null) {
+      tell({ ...changed, backend: wanted.live.id, model: wanted.model, ms });
+    }
+    const sharing = () =>
+      [...this.#lives.values()].filter(({ scheduler }) => scheduler.turns === turns);
+    const seen = await Promise.all(sharing().map(look));
     load.to = now();
-    const loaded = wasSeen ? live.loaded : null;
-    if (changed.loaded === false) this.#run(live, { type: "loadFailed", loaded });
-    else this.#run(live, { type: "loaded", loadMs: changed.loaded ? ms : null, loaded });
+    const there = sharing();
+    const loaded = seen.every(Boolean) ? new Set(there.flatMap(namesOfLoaded)) : null;
+    // Whoever asked may have gone, or share with others now.
+    const teller =
+      wanted !== null && there.includes(wanted.live) ? wanted.live : (there[0] ?? live);
+    if (changed.loaded === false) this.#run(teller, { type: "loadFailed", loaded });
+    else this.#run(teller, { type: "loaded", loadMs: changed.loaded ? ms : null, loaded });
     this.#offer();
+  }
+
+  /** The model that a name in the turns of a backend means; null where its backend has gone. */
+  #spot(live: Live, name: string): Spot | null {
+    const { backend, model } = namedIn(name);
+    const owner = backend === null ? live : this.#lives.get(backend);
+    return owner === undefined ? null : { live: owner, connection: this.#connection(owner), model };
+  }
+
+  #shareGpu(live: Live, gpu: string | null) {
+    if (live.gpu === gpu) return;
+    live.gpu = gpu;
+    const turns = turnsOf(gpu, this.#gpus, [...this.#lives.values()]);
+    turns.turnMs = this.#turnMs;
+    this.#run(live, { type: "share", turns, prefix: gpu === null ? "" : prefixOf(live) });
   }
 
   #connection({ id, url }: Live): Connection {

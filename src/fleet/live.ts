@@ -11,7 +11,7 @@ import type { Pace } from "../core/pace.ts";
 import { createPrefixIndex, type PrefixIndex } from "../core/prefix.ts";
 import type { Backend, Health, Model, Snapshot, Target } from "../core/snapshot.ts";
 import { asGoodAs } from "../core/select.ts";
-import { turnIn } from "../core/turns.ts";
+import { createTurns, turnIn, type Turns } from "../core/turns.ts";
 import type { Engine } from "../engines/engine.ts";
 import { engineOf } from "../engines/kinds.ts";
 import { Guard } from "./guard.ts";
@@ -54,6 +54,8 @@ export interface Live {
   loaded: ReadonlySet<string>;
   /** The last load of each model, from its beginning until it could be used. */
   loads: Map<string, Load>;
+  /** The GPU whose turns it shares; null: it has its own. */
+  gpu: string | null;
   /** Ends the change of models under way. */
   change: AbortController | null;
   timer: ReturnType<typeof setTimeout> | undefined;
@@ -84,6 +86,7 @@ export function createLive(backend: Backend): Live {
     targets: new Map(),
     loaded: new Set(),
     loads: new Map(),
+    gpu: null,
     change: null,
     timer: undefined,
   };
@@ -262,10 +265,43 @@ export interface TurnReport {
 
 /** @param now on the clock of the scheduler. */
 export function turnReport({ scheduler }: Live, now: number): TurnReport | null {
-  const turn = turnIn(scheduler.turns, scheduler.lanes);
+  const turn = turnIn(scheduler.turns);
   if (turn === null) return null;
-  const { model, since, gate, next } = turn;
-  return { model, sinceAt: Math.round(Date.now() + since - now), gate, next };
+  const { since, gate, next } = turn;
+  const model = namedIn(turn.model).model;
+  const sinceAt = Math.round(Date.now() + since - now);
+  return { model, sinceAt, gate, next: next === null ? null : namedIn(next).model };
+}
+
+/** What the names of a backend's models begin with in the turns of its GPU. No name has a line break. */
+export function prefixOf({ id }: Live): string {
+  return `${id}\n`;
+}
+
+/** The turns of a GPU, the same for all who share it; without one new ones. Those nobody has go. */
+export function turnsOf(
+  gpu: string | null,
+  gpus: Map<string, Turns>,
+  lives: readonly Live[],
+): Turns {
+  for (const each of gpus.keys()) {
+    if (each !== gpu && !lives.some((live) => live.gpu === each)) gpus.delete(each);
+  }
+  const turns = (gpu === null ? undefined : gpus.get(gpu)) ?? createTurns();
+  if (gpu !== null) gpus.set(gpu, turns);
+  return turns;
+}
+
+/** What it has in memory, by the names in its turns. */
+export function namesOfLoaded(live: Live): string[] {
+  const prefix = live.gpu === null ? "" : prefixOf(live);
+  return [...live.loaded].map((model) => prefix + model);
+}
+
+/** Which model of which backend a name in some turns means; null: of the one whose own they are. */
+export function namedIn(name: string): { backend: string | null; model: string } {
+  const end = name.indexOf("\n");
+  return { backend: end === -1 ? null : name.slice(0, end), model: name.slice(end + 1) };
 }
 
 /** A breaker as it is shown. */

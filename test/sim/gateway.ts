@@ -43,6 +43,8 @@ export const DEFAULTS = { turnMs: "auto", maxWaitMs: 120_000, maxLength: 512 } a
 
 /** How often an engine is asked what it has loaded: `backends[].healthInterval`. */
 const PROBE_MS = 5000;
+/** When a model is looked for again that is to go, and then after twice as long each time. */
+const GONE_LOOK_MS = 10;
 /** Promises are spread upward, so that those who were refused at once do not come back at once. */
 const JITTER = 0.1;
 
@@ -193,12 +195,18 @@ export function createGateway(clock: Clock, setting: GatewaySetting): Service {
     }
   }
 
+  /** What was in use when it was to go goes when nobody uses it any more. */
+  function hasGone(live: Live, model: string, then: () => void, waitMs = GONE_LOOK_MS) {
+    if (!new Set(live.engine.loaded()).has(model)) return then();
+    clock.at(clock.now() + waitMs, () => hasGone(live, model, then, waitMs * 2));
+  }
+
   /** One model after the other out, then the new one in, then a look at what is there. */
   function change(live: Live, model: string | null, unload: string[], from: number) {
     const { engine } = live;
     const out = unload.shift();
     if (out !== undefined) {
-      engine.unload?.(out, () => change(live, model, unload, from));
+      engine.unload?.(out, () => hasGone(live, out, () => change(live, model, unload, from)));
       return;
     }
     const done = () => {

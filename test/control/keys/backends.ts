@@ -135,6 +135,17 @@ export const backendKeys: KeyTests = {
     assert((uneven["b"] ?? 0) >= 9, JSON.stringify(uneven));
   },
 
+  // That they take turns is shown in conformance/gpu.test.ts.
+  async "backends[].gpu"(rig) {
+    await rig.change({ backends: { a: { gpu: "card-7" } } });
+    const { text } = await send(`${rig.gateway.url}/admin/api/backends`);
+    const backends = JSON.parse(text) as { id: string; gpu: string | null }[];
+    assert.equal(backends.find(({ id }) => id === "a")?.gpu, "card-7");
+    await eventually("it is said where it changes nothing", () => {
+      return rig.gateway.stdout().includes("takes no turns on GPU card-7");
+    });
+  },
+
   async "backends[].healthInterval"(rig) {
     const { a } = rig.engines;
     const health = async () => (await rig.backends())["a"]?.health;
