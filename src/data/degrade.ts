@@ -85,8 +85,8 @@ function reasonFor(exchange: Exchange, plane: Plane, error: unknown): string | n
   if (OUT_OF_MEMORY.test(error.detail ?? "")) return "memory";
   const code = error.code as ErrorCode;
   if (!FAILURES.has(code)) return REASONS[code] ?? null;
-  const model = modelOf(exchange, exchange.record.model);
-  return model !== null && !plane.fleet.isUp(model) ? "down" : null;
+  const model = exchange.record.model ?? "";
+  return plane.fleet.isServed({ model, barred: new Set() }) ? null : "down";
 }
 
 /** What a model is not known to lack it is taken to have. */

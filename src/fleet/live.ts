@@ -140,8 +140,18 @@ function isOpenTo(
   );
 }
 
-/** Might this backend serve such a request, as far as is known? */
-export function couldServe(
+/** Might one of these backends serve such a request, as far as is known? @param except not this one. */
+export function isServed(
+  lives: Iterable<Live>,
+  request: Pick<Ticket, "model" | "barred">,
+  except: Live | null,
+  settings: BreakerSettings,
+  now: number,
+): boolean {
+  return [...lives].some((live) => live !== except && couldServe(live, request, settings, now));
+}
+
+function couldServe(
   { id, scheduler, health, guard }: Live,
   { model, barred }: Pick<Ticket, "model" | "barred">,
   settings: BreakerSettings,

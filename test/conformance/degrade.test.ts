@@ -8,6 +8,7 @@ import type { FakeEngine } from "../support/engine.ts";
 import { faults } from "../support/engine-behaviour.ts";
 import type { Fleet } from "../support/fleet.ts";
 import { checkEnvelope, expectError, startFleet } from "../support/fleet.ts";
+import { withSink } from "../support/sink.ts";
 import { by, isQuiet, tenantOf, withKeys } from "../support/tenants.ts";
 
 const TIMEOUT = { timeout: 20_000 };
@@ -430,13 +431,16 @@ describe("a model that is down", () => {
   const start = (
     big: Record<string, unknown>,
     circuitBreaker: Record<string, unknown> = { failureThreshold: 2 },
+    more: Record<string, unknown> = {},
+    env: Record<string, string> = {},
   ) =>
     startFleet(
       {
         big: { models: ["big"], backend: { models: ["big"], ...big } },
         small: { models: ["small"], backend: { ...QUIET, models: ["small"] } },
       },
-      { circuitBreaker, models: { big: { fallback: "small" } } },
+      { circuitBreaker, models: { big: { fallback: "small" } }, ...more },
+      { env },
     );
 
   it("by its breaker, from the failure on that opens it", TIMEOUT, async () => {
@@ -518,6 +522,27 @@ describe("a model that is down", () => {
       await fleet.close();
     }
   });
+
+  it("as its trace tells", TIMEOUT, () =>
+    withSink(async (sink) => {
+      const telemetry = { otlpEndpoint: sink.url };
+      const env = { OTEL_BSP_SCHEDULE_DELAY: "50" };
+      const fleet = await start(QUIET, {}, { telemetry }, env);
+      try {
+        fleet.engines.big.behave({ fault: faults.ollamaLoadFailed });
+        // By its length it is the event, and not the word in a header.
+        const isTold = await until(async () => {
+          const answer = await openaiChat(fleet.url, { model: "big" });
+          await expectDegraded(fleet, answer, { reason: "memory" });
+          return sink.has("\u0007degrade");
+        });
+        assert.ok(isTold);
+      } finally {
+        await fleet.close();
+      }
+      for (const text of ["asked", "served", "memory"]) assert.ok(sink.has(text), text);
+    }),
+  );
 });
 
 describe("a smaller model that does not fit", () => {
