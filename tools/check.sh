@@ -16,8 +16,8 @@ step oxlint --type-aware src test bench tools/*.ts gateway.config.ts
 step tsc -p .
 step knip
 step bun tools/generate.ts --check
-step bun test --parallel=4 --timeout=20000 test/
-step deno task test
+step bun test --parallel=4 --timeout=60000 --timings=test/timings.json test/
+TIDEGATE_EFFORT=full step deno task test
 export TIDEGATE_ALONE=1
 step bun test test/resilience/pacing.test.ts
 step deno test -A --no-check test/resilience/pacing.test.ts

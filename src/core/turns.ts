@@ -139,7 +139,8 @@ export function isCooling({ stay }: Contender, now: number): boolean {
   return stay.residency !== "loaded" && stay.retryAt > now;
 }
 
-function residents({ lanes }: Turns): Set<string> {
+/** Models in memory. */
+export function residents({ lanes }: Turns): Set<string> {
   const names = new Set<string>();
   for (const [name, { stay }] of lanes) if (stay.residency === "loaded") names.add(name);
   return names;
@@ -223,6 +224,8 @@ function turnEnd(
  * have to be old enough both. A turn that serves everybody who waited at its beginning before it can
  * end is what keeps the work going; the turn's length is what keeps changes rare; the wish's age is what
  * keeps waiting bounded.
+ *
+ * @param rank the class of somebody who wants it, too, and is not in its line yet.
  */
 export function turnOver(
   turns: Turns,
@@ -230,13 +233,15 @@ export function turnOver(
   since: number,
   { stay, line, slots, serviceMs }: Contender,
   known: boolean,
+  rank = Infinity,
 ): number {
   // Where two have never been tried together it is worth one early change to find out.
   if (!known) return -Infinity;
   const loadMs = loadOf(wanted, turns.lanes.values());
   let length = turnLength(turns.turnMs, loadMs, serviceMs, slots.limit);
   const head = headOf(wanted.line);
-  const isLower = head !== undefined && rankOf(head) < bestRankIn(line);
+  const best = Math.min(rank, head === undefined ? Infinity : rankOf(head));
+  const isLower = best < bestRankIn(line);
   if (isLower && loadMs !== null) length = Math.min(length, LEAST_LOADS * loadMs);
   return Math.max(since, stay.since) + length;
 }

@@ -11,6 +11,8 @@ import type { Plane } from "./plane.ts";
 import { Tap } from "./tap.ts";
 
 const LF = 0x0a;
+const DATA_LINE = /^data:/m;
+const decoder = new TextDecoder();
 const encoder = new TextEncoder();
 
 /** Tenths of its cap that an answer may have: events and tokens are not quite the same. */
@@ -238,9 +240,11 @@ export class Relay {
         "end",
       );
     }
-    // An end marker may lack its blank line. An event without one is dropped, as clients do.
+    // An end marker may lack its blank line. What has no whole line of data says nothing: some clients
+    // (OpenAI's) take it for an event all the same, and fail on it.
     const rest = concat(this.#held);
-    if (rest.at(-1) === LF) this.#pass(rest.subarray(this.#released));
+    const isEvent = rest.at(-1) === LF && DATA_LINE.test(decoder.decode(rest));
+    if (isEvent) this.#pass(rest.subarray(this.#released));
     exchange.complete();
   }
 

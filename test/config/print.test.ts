@@ -5,7 +5,7 @@ import { send } from "../support/client.ts";
 import { startGateway } from "../support/gateway.ts";
 import type { Value } from "../../src/settings/values.ts";
 
-const TIMEOUT = { timeout: 20_000 };
+const TIMEOUT = { timeout: 60_000 };
 const SECRET = "correct-horse-battery";
 const CONFIG = {
   server: { port: 0, logLevel: "debug" },

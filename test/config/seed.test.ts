@@ -37,7 +37,7 @@ describe("the file of the starting document", () => {
     assert.deepEqual(notes, []);
   });
 
-  it("starts a gateway that has its models", { timeout: 20_000 }, async () => {
+  it("starts a gateway that has its models", { timeout: 60_000 }, async () => {
     const gateway = await startGateway({
       // Not to the whole network while tests run.
       args: ["--config", FILE, "--port", "0", "--host", "127.0.0.1"],

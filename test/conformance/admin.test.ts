@@ -24,7 +24,7 @@ import { expectError } from "../support/fleet.ts";
 import type { Gateway, GatewayOptions } from "../support/gateway.ts";
 import { startGateway } from "../support/gateway.ts";
 
-const TIMEOUT = { timeout: 20_000 };
+const TIMEOUT = { timeout: 60_000 };
 const model = ["test-model"];
 
 interface Operated {
@@ -331,12 +331,14 @@ describe("GET tenants", () => {
         const midnight = Math.ceil(Date.now() / 86_400_000) * 86_400_000;
         assert(Math.abs((day["resetAt"] as number) - midnight) <= 2, "Unix milliseconds");
 
-        engines["a"]?.behave({ promptTokens: 500, tokens: 500, headersDelayMs: 300 });
+        engines["a"]?.behave({ promptTokens: 500, tokens: 500, headersDelayMs: Infinity });
         const by = (key: string) => ({ headers: { authorization: `Bearer ${key}` } });
         const answers = [openaiChat(url, {}, by("team's")), openaiChat(url, {}, by("anybody's"))];
         assert(await until(async () => (await read())[1]["inFlight"] === 1));
         const [running] = (await read())[1]["budgets"] as [Fields];
         assert((running["reserved"] as number) > 0);
+        assert(await until(async () => (await read())[0]["inFlight"] === 1));
+        engines["a"]?.release();
         for (const answer of await Promise.all(answers)) assert.equal(answer.status, 200);
         const [theirs, ours] = await read();
         const tokens = { input: 500, output: 500, estimated: 0 };
@@ -394,12 +396,13 @@ describe("drain and resume", () => {
 
   it("let what streams finish, and send what waits elsewhere", TIMEOUT, async () => {
     await operating(two, {}, async ({ admin, engines, url }) => {
-      for (const engine of Object.values(engines)) engine.behave({ tokens: 30, tokenDelayMs: 40 });
+      for (const engine of Object.values(engines)) engine.behave({ tokens: 30, tokenDelayMs: 100 });
       const streams = await Promise.all(
         [1, 2].map(() => open(`${url}/v1/chat/completions`, chatBody({ stream: true }))),
       );
       const on = streams.map(({ headers }) => headers.get("x-tidegate-backend"));
       assert.deepEqual(new Set(on), new Set(["a", "b"]));
+      for (const engine of Object.values(engines)) engine.behave({ tokenDelayMs: 0 });
       const backends = async () => (await admin("backends")).json() as unknown as Fields[];
       const waiting = [openaiChat(url), openaiChat(url), openaiChat(url)];
       const queued = async () =>
@@ -648,11 +651,11 @@ describe("POST reload", () => {
           await to({});
           shown(await admin("reload", ""));
           // What loads the exporter, for the first of the two, has come to its end by then.
-          await sleep(1000);
+          await sleep(2000);
           assert.equal((await openaiChat(url)).status, 200);
           await to({ otlpEndpoint });
           shown(await admin("reload", ""));
-          await sleep(1000);
+          await sleep(2000);
           assert.equal(exports, 0);
           assert.equal((await openaiChat(url)).status, 200);
           await gateway.stop();

@@ -9,7 +9,7 @@ import type { Fleet } from "../support/fleet.ts";
 import { expectError, startFleet } from "../support/fleet.ts";
 import { isQuiet } from "../support/tenants.ts";
 
-const TIMEOUT = { timeout: 20_000 };
+const TIMEOUT = { timeout: 60_000 };
 
 type Fields = Record<string, unknown>;
 
@@ -299,10 +299,11 @@ describe("the cache and its configuration", () => {
       await fleet.reconfigure({});
       assert.equal(cacheOf(await openaiChat(url, sureChat("x"))), "miss", "forgotten");
       // What is under way while it is switched off is not kept either.
-      engines.a.behave({ headersDelayMs: 300 });
+      engines.a.behave({ headersDelayMs: Infinity });
       const under = openaiChat(url, sureChat("under way"));
       assert.ok(await until(() => engines.a.activeGenerations() === 1));
       await fleet.reconfigure({ cache: { enabled: false } });
+      engines.a.release();
       assert.equal(cacheOf(await under), "miss");
       assert.equal(await gateway.metric("tidegate_cache_entries"), 0);
     } finally {
@@ -450,15 +451,17 @@ describe("the cache and its configuration", () => {
       assert.deepEqual([(await ask("k1b")).text, (await ask("k2")).text], [first.text, other.text]);
       assert.equal(cacheOf(await ask("k1b")), "hit", "a tenant has several keys");
       // Nor while they are in the air at the same time.
-      a.behave({ headersDelayMs: 400 });
+      a.behave({ headersDelayMs: Infinity });
       const before = a.inference().length;
-      const both = await Promise.all(
-        ["k1", "k2", "k1b"].map((key) =>
-          openaiChat(fleet.url, sureChat("at once"), {
-            headers: { authorization: `Bearer ${key}` },
-          }),
-        ),
+      const asking = ["k1", "k2", "k1b"].map((key) =>
+        openaiChat(fleet.url, sureChat("at once"), { headers: { authorization: `Bearer ${key}` } }),
       );
+      const areHere = async (): Promise<boolean> =>
+        (await fleet.gateway.metric("tidegate_requests_in_flight")) === asking.length &&
+        a.inference().length === before + 2;
+      assert.ok(await until(areHere));
+      a.release();
+      const both = await Promise.all(asking);
       assert.equal(a.inference().length, before + 2);
       const [one, two, three] = both.map(({ text }) => text);
       assert.equal(one, three);

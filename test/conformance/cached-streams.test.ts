@@ -10,7 +10,7 @@ import type { Fleet } from "../support/fleet.ts";
 import { expectError, startFleet } from "../support/fleet.ts";
 import { isQuiet } from "../support/tenants.ts";
 
-const TIMEOUT = { timeout: 20_000 };
+const TIMEOUT = { timeout: 60_000 };
 
 type Fields = Record<string, unknown>;
 
@@ -86,7 +86,7 @@ describe("streams that are kept (cache.streamCacheDisabled: false)", () => {
       { cache: { streamCacheDisabled: false }, queue: { heartbeatMs: 60 } },
     );
     try {
-      own.engines.a.behave({ headersDelayMs: 250 });
+      own.engines.a.behave({ headersDelayMs: 1000 });
       const ask = () => openaiChat(own.url, sureChat("heartbeats", { stream: true }));
       const first = await ask();
       assert.match(first.text, /^: tidegate \{/);

@@ -94,7 +94,7 @@ describe("a stream whose engine takes no notice of the cap", () => {
     );
     const isStopped = () =>
       last()?.closedByClient === true && fleet.engines.a.activeGenerations() === 0;
-    assert.ok(await until(isStopped, 5000), "the engine is stopped");
+    assert.ok(await until(isStopped), "the engine is stopped");
     assert.equal(await fleet.gateway.metric("tidegate_slots_in_use"), 0);
     const labels = { state: "open" };
     assert.equal(await fleet.gateway.metric("tidegate_breaker_state", labels), 0, "it works");

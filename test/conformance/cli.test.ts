@@ -11,7 +11,7 @@ import { schema } from "../../src/config.ts";
 import { send } from "../support/client.ts";
 import { runtime, startGateway } from "../support/gateway.ts";
 
-const TIMEOUT = { timeout: 20_000 };
+const TIMEOUT = { timeout: 60_000 };
 const ROOT = fileURLToPath(new URL("../..", import.meta.url));
 const KEY = /^tg_[\w-]{43}$/;
 

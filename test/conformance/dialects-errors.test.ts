@@ -8,7 +8,7 @@ import { checkEnvelope, expectAnthropicError, expectError } from "../support/fle
 import type { House } from "./dialects.ts";
 import { chatPath, dialects, embedModel, kinds, single, startHouse, ways } from "./dialects.ts";
 
-const TIMEOUT = { timeout: 15_000 };
+const TIMEOUT = { timeout: 60_000 };
 
 /** Events that tell an error, in any of the ways there are. */
 function errorsIn(text: string): unknown[] {
@@ -28,7 +28,7 @@ function wordsOf(body: string): string {
 describe("errors in the dialects of engines", () => {
   let house: House;
   before(async () => {
-    house = await startHouse({ queue: { maxWaitMs: 100 } });
+    house = await startHouse({ queue: { maxWaitMs: 600 } });
   });
   afterEach(() => house.fleet.reset());
   after(() => house.close());

@@ -18,7 +18,7 @@ import {
   withoutUsage,
 } from "./dialects.ts";
 
-const TIMEOUT = { timeout: 15_000 };
+const TIMEOUT = { timeout: 60_000 };
 const USAGE = { stream_options: { include_usage: true } };
 
 interface Model {

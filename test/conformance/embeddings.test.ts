@@ -13,7 +13,7 @@ import type { Fleet } from "../support/fleet.ts";
 import { expectError, startFleet } from "../support/fleet.ts";
 import { isQuiet } from "../support/tenants.ts";
 
-const TIMEOUT = { timeout: 20_000 };
+const TIMEOUT = { timeout: 60_000 };
 const MODEL = "some-embed";
 
 type Fields = Record<string, unknown>;
@@ -405,10 +405,15 @@ describe("embeddings: batches", () => {
     try {
       const { engines, url, gateway } = fleet;
       const words = Array.from({ length: 70 }, (_, at) => `word${at}`);
-      engines.a.behave({ headersDelayMs: 300 });
+      engines.a.behave({ headersDelayMs: Infinity });
       const failing = embed(url, words);
+      assert.ok(await until(() => engines.a.inference().length === 1));
+      // The first batch goes on, the second one waits.
+      engines.a.release();
+      engines.a.behave({ headersDelayMs: Infinity });
       assert.ok(await until(() => engines.a.inference().length === 2));
-      engines.a.behave({ fault: { kind: "drop", by: "reset" }, faultTimes: 1, headersDelayMs: 0 });
+      engines.a.behave({ fault: { kind: "drop", by: "reset" }, faultTimes: 1 });
+      engines.a.release();
       expectError(await failing, 502, "upstream_unreachable");
       await isQuiet(gateway);
       assert.equal(cacheOf(await embed(url, words)), "miss");

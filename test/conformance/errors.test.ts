@@ -8,7 +8,7 @@ import { faults } from "../support/engine-behaviour.ts";
 import type { Fleet } from "../support/fleet.ts";
 import { expectAnthropicError, expectError, startFleet } from "../support/fleet.ts";
 
-const TIMEOUT = { timeout: 15_000 };
+const TIMEOUT = { timeout: 60_000 };
 
 interface Expected {
   status: number;

@@ -37,7 +37,7 @@ describe("one slot and several tenants", () => {
     const headers: Record<string, string> =
       priority === undefined ? {} : { "x-tidegate-priority": priority };
     answers.push(send(`${fleet.url}/v1/chat/completions`, body, by(tenant, headers)));
-    assert.ok(await until(async () => (await waiting()) > queued, 5000), `${tenant} waits`);
+    assert.ok(await until(async () => (await waiting()) > queued), `${tenant} waits`);
   }
 
   /** Holds the slot while the others come, and tells in which order they were served. */
@@ -49,7 +49,7 @@ describe("one slot and several tenants", () => {
       signal: leaving.signal,
     });
     holder.catch(() => {});
-    assert.ok(await until(() => fleet.engines.a.activeGenerations() === 1, 5000));
+    assert.ok(await until(() => fleet.engines.a.activeGenerations() === 1));
     const answers: Promise<Answer>[] = [];
     await fill(answers);
     fleet.engines.a.behave({ headersDelayMs: 0 });
@@ -88,9 +88,9 @@ describe("one slot and several tenants", () => {
     const url = `${fleet.url}/v1/chat/completions`;
     const holder = send(url, chatBody(), { ...by("nightly"), signal: leaving.signal });
     holder.catch(() => {});
-    assert.ok(await until(() => fleet.engines.a.activeGenerations() === 1, 5000));
+    assert.ok(await until(() => fleet.engines.a.activeGenerations() === 1));
     const flood = Array.from({ length: PLACES }, () => send(url, chatBody(), by("nightly")));
-    assert.ok(await until(async () => (await waiting()) === PLACES, 5000));
+    assert.ok(await until(async () => (await waiting()) === PLACES));
     const tooMany = await send(url, chatBody(), by("nightly"));
     assert.equal(tooMany.status, 429);
     const person = send(url, chatBody(), by("person"));

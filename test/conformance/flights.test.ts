@@ -19,7 +19,7 @@ import { expectError, startFleet } from "../support/fleet.ts";
 import { GC_PRELOAD } from "../support/gateway.ts";
 import { isQuiet } from "../support/tenants.ts";
 
-const TIMEOUT = { timeout: 20_000 };
+const TIMEOUT = { timeout: 60_000 };
 const FOR_EVER = Number.POSITIVE_INFINITY;
 
 /** One that may leave: its answer is null then. */
@@ -268,8 +268,10 @@ describe("flights", () => {
     for (const [at, [fault, status, code]] of faults.entries()) {
       const body = sureChat(`failing ${at}`);
       const before = a.inference().length;
-      a.behave({ headersDelayMs: 300, fault });
-      const answers = await answersOf(await gather(fleet, body, 4));
+      a.behave({ headersDelayMs: Infinity, fault });
+      const members = await gather(fleet, body, 4);
+      a.release();
+      const answers = await answersOf(members);
       const errors = answers.map((answer) => expectError(answer, status, code));
       assert.equal(new Set(errors.map(({ message }) => message)).size, 1);
       assert.deepEqual(
@@ -370,8 +372,10 @@ describe("flights: what another backend can mend", () => {
     });
     try {
       const { bad, good } = fleet.engines;
-      bad.behave({ headersDelayMs: 300, fault: { kind: "drop", by: "reset" } });
-      const answers = await answersOf(await gather(fleet, sureChat("mended"), 6));
+      bad.behave({ headersDelayMs: Infinity, fault: { kind: "drop", by: "reset" } });
+      const members = await gather(fleet, sureChat("mended"), 6);
+      bad.release();
+      const answers = await answersOf(members);
       for (const answer of answers) {
         assert.deepEqual(answer.body, good.inference()[0]?.sent());
         assert.equal(answer.headers.get("x-tidegate-backend"), "good");
@@ -545,7 +549,7 @@ describe("flights whose answer is too large to hold", () => {
   it("stops the engine when who gets it leaves, and nobody else", TIMEOUT, async () => {
     const { gateway, engines } = fleet;
     const { a } = engines;
-    a.behave({ ...large, wholePauseMs: 2000 });
+    a.behave({ ...large, wholePauseMs: 4000 });
     const body = sureChat("large and left");
     a.freeze();
     const client = await connect(gateway.port);

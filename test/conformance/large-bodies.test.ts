@@ -5,7 +5,7 @@ import { chatBody, connect, postBytes, send, sleep, until } from "../support/cli
 import type { Fleet } from "../support/fleet.ts";
 import { startFleet } from "../support/fleet.ts";
 
-const TIMEOUT = { timeout: 20_000 };
+const TIMEOUT = { timeout: 60_000 };
 const LARGE_BYTES = 1.5 * 1024 * 1024;
 const PAD = '{"pad":"';
 

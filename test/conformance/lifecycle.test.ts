@@ -10,6 +10,7 @@ import {
   dataOf,
   open,
   openaiChat,
+  PATIENCE_MS,
   postBytes,
   readEvents,
   send,
@@ -20,7 +21,7 @@ import { checkEnvelope, expectError, startFleet } from "../support/fleet.ts";
 import type { Gateway } from "../support/gateway.ts";
 import { freePort, startGateway } from "../support/gateway.ts";
 
-const TIMEOUT = { timeout: 25_000 };
+const TIMEOUT = { timeout: 60_000 };
 const DEMO = { backends: [{ id: "demo", kind: "demo" }] };
 const STACK = /\n\s+at |node_modules|Error:.*\.ts:\d/;
 
@@ -32,10 +33,16 @@ async function run(
   return startGateway({ args, env, expectExit: true, ...(config === undefined ? {} : { config }) });
 }
 
+/** It has heard of the signal: it listens no more, or says that it is not ready. */
+async function isLeaving(url: string): Promise<boolean> {
+  const ready = await send(`${url}/ready`).catch(() => null);
+  return ready?.status !== 200;
+}
+
 describe("shutdown", () => {
   for (const signal of ["SIGTERM", "SIGINT"] as const) {
     it(`${signal}: what runs is completed, then exit 0`, TIMEOUT, async () => {
-      const fleet = await startFleet({ a: { behaviour: { tokens: 8, tokenDelayMs: 60 } } });
+      const fleet = await startFleet({ a: { behaviour: { tokens: 20, tokenDelayMs: 60 } } });
       const response = await open(`${fleet.url}/v1/chat/completions`, chatBody({ stream: true }));
       const whole = openaiChat(fleet.url);
       assert.ok(await until(() => fleet.engines.a.activeGenerations() === 2));
@@ -66,7 +73,7 @@ describe("shutdown", () => {
     const response = await open(`${fleet.url}/v1/chat/completions`, chatBody({ stream: true }));
     const kept = await connect(fleet.gateway.port);
     fleet.gateway.kill("SIGTERM");
-    await sleep(150);
+    assert.ok(await until(() => isLeaving(fleet.url)));
     // Refused, or on a connection that was there before: 503.
     const late = await openaiChat(fleet.url).catch(() => null);
     if (late !== null) {
@@ -83,7 +90,7 @@ describe("shutdown", () => {
   });
 
   it("drain.delayMs: not ready, but still admitting", TIMEOUT, async () => {
-    const fleet = await startFleet({ a: {} }, { drain: { delayMs: 1000 } });
+    const fleet = await startFleet({ a: {} }, { drain: { delayMs: 3000 } });
     fleet.gateway.kill("SIGTERM");
     assert.ok(await until(async () => (await send(`${fleet.url}/ready`)).status === 503));
     const ready = (await send(`${fleet.url}/ready`)).json();
@@ -130,9 +137,11 @@ describe("shutdown", () => {
     const fleet = await startFleet({ a: { behaviour: { stallAfterTokens: 1 } } });
     const response = await open(`${fleet.url}/v1/chat/completions`, chatBody({ stream: true }));
     fleet.gateway.kill("SIGTERM");
-    await sleep(200);
+    // Two signals at once are one.
+    assert.ok(await until(() => isLeaving(fleet.url)));
     fleet.gateway.kill("SIGTERM");
-    const code = await Promise.race([fleet.gateway.exited, sleep(5000).then(() => "still there")]);
+    const late = sleep(PATIENCE_MS).then(() => "still there");
+    const code = await Promise.race([fleet.gateway.exited, late]);
     assert.equal(code, 1);
     await response.body?.cancel().catch(() => {});
     await fleet.close();

@@ -6,7 +6,7 @@ import type { Fleet } from "../support/fleet.ts";
 import { startFleet } from "../support/fleet.ts";
 import { runtime } from "../support/gateway.ts";
 
-const TIMEOUT = { timeout: 20_000 };
+const TIMEOUT = { timeout: 60_000 };
 const USAGE = { stream_options: { include_usage: true } };
 const CHUNKINGS = ["event", "once", 1, 7] as const;
 

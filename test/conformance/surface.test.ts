@@ -6,7 +6,7 @@ import type { Fleet } from "../support/fleet.ts";
 import { expectAnthropicError, expectError, startFleet } from "../support/fleet.ts";
 import { sumOf } from "../support/gateway.ts";
 
-const TIMEOUT = { timeout: 15_000 };
+const TIMEOUT = { timeout: 60_000 };
 const RECORD_FIELDS = [
   "time level msg request_id client_request_id trace_id tenant endpoint model asked_model backend_id",
   "stream cache_hit cache ttft tokens_generated tokens_input tokens_estimated latency_ms status ending",

@@ -21,7 +21,7 @@ import {
   type KeyServer,
 } from "../support/issuer.ts";
 
-const TIMEOUT = { timeout: 20_000 };
+const TIMEOUT = { timeout: 60_000 };
 const ADMIN_KEY = "the-operators-own-key";
 const ANTHROPIC = { "anthropic-version": "2023-06-01" };
 

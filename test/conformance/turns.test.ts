@@ -4,7 +4,7 @@ import { after, afterEach, before, describe, it } from "node:test";
 import { chatBody, open, openaiChat, readEvents, send, until } from "../support/client.ts";
 import { expectError, startFleet, type Fleet } from "../support/fleet.ts";
 
-const TIMEOUT = { timeout: 20_000 };
+const TIMEOUT = { timeout: 60_000 };
 const ABC = ["a:1", "b:1", "c:1"];
 const LOAD_MS = 120;
 
@@ -56,7 +56,7 @@ describe("turns", () => {
 
   it("finish a load though every client has left", TIMEOUT, async () => {
     await withOne(async (fleet) => {
-      fleet.engines.o.behave({ loadMs: 400 });
+      fleet.engines.o.behave({ loadMs: 1500 });
       const controller = new AbortController();
       const clients = Array.from({ length: 10 }, () => {
         const body = chatBody({ model: "a:1" });
@@ -85,7 +85,7 @@ describe("turns", () => {
     await withOne(
       async (fleet) => {
         assert.equal((await openaiChat(fleet.url, { model: "a:1" })).status, 200);
-        fleet.engines.o.behave({ stallAfterTokens: 1, loadMs: 300 });
+        fleet.engines.o.behave({ stallAfterTokens: 1, loadMs: 800 });
         const controller = new AbortController();
         const { signal } = controller;
         const path = `${fleet.url}/v1/chat/completions`;

@@ -17,7 +17,7 @@ import { capKeys, tenantKeys } from "./keys/tenants.ts";
 import { tokenKeys } from "./keys/tokens.ts";
 import { turnKeys } from "./keys/turns.ts";
 
-const TIMEOUT = { timeout: 20_000 };
+const TIMEOUT = { timeout: 60_000 };
 
 const groups: Record<string, KeyTests> = {
   "server, auth and admin": serverKeys,

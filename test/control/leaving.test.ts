@@ -7,7 +7,7 @@ import { startEngine } from "../support/engine.ts";
 import type { Gateway } from "../support/gateway.ts";
 import { startGateway } from "../support/gateway.ts";
 
-const TIMEOUT = { timeout: 20_000 };
+const TIMEOUT = { timeout: 60_000 };
 
 describe("a backend that leaves while an answer is awaited", () => {
   let slow: FakeEngine;

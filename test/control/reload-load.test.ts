@@ -1,4 +1,4 @@
-/** 300 reloads under streaming load: no stream is lost, no request is stuck, nothing invalid goes live. */
+/** Reloads under streaming load: no stream is lost, no request is stuck, nothing invalid goes live. */
 import assert from "node:assert/strict";
 import { mkdtemp, rename, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -7,16 +7,23 @@ import { after, before, describe, it } from "node:test";
 import { dataOf, openaiChat, send, sleep, until } from "../support/client.ts";
 import type { FakeEngine } from "../support/engine.ts";
 import { startEngine } from "../support/engine.ts";
+import { effort } from "../support/effort.ts";
 import type { Gateway } from "../support/gateway.ts";
 import { runtime, startGateway } from "../support/gateway.ts";
 
-const RELOADS = 300;
+const RELOADS = effort(300);
+/** So many of them are one that takes a backend away, moves one or is invalid, in turn. */
+const SPECIAL = RELOADS / 10;
 const CLIENTS = 24;
 const SLOTS = 4;
 const TOKENS = 12;
 /** What the two streams that last the whole test hold at the backend that nothing happens to. */
 const HELD = 2;
 const FAILURES = 2;
+/** Nobody waits longer than this, however slow the machine is. */
+const LONGEST_MS = 90_000;
+/** The engines are in this process: busy as it is, they take their time. */
+const patient = { timeout: 60_000 };
 
 type Tree = Record<string, unknown>;
 interface BackendReport {
@@ -34,7 +41,7 @@ describe("reloads under load", () => {
 
   before(async () => {
     folder = await mkdtemp(join(tmpdir(), "tidegate-reload-"));
-    const behaviour = { tokens: TOKENS, tokenDelayMs: 10 };
+    const behaviour = { tokens: TOKENS, tokenDelayMs: 50 };
     for (const id of ["kept", "leaving", "here", "there", "also"]) {
       engines[id] = await startEngine({ models: ["m"], behaviour });
     }
@@ -53,12 +60,26 @@ describe("reloads under load", () => {
   }
 
   function configuration(state: { leaving: boolean; moved: boolean; turn: number }): Tree {
-    const common = { kind: "openai", models: ["m"], concurrency: SLOTS, healthInterval: 500 };
+    const common = {
+      kind: "openai",
+      models: ["m"],
+      concurrency: SLOTS,
+      healthInterval: 500,
+      ...patient,
+    };
     return {
       server: { port: 0 },
+      timeouts: { connectMs: 60_000, idleMs: 60_000 },
       queue: { maxLength: 200 + state.turn },
       backends: [
-        { id: "held", kind: "openai", url: urlOf("held"), models: ["held"], concurrency: 8 },
+        {
+          id: "held",
+          kind: "openai",
+          url: urlOf("held"),
+          models: ["held"],
+          concurrency: 8,
+          ...patient,
+        },
         { ...common, id: "kept", url: urlOf("kept") },
         { ...common, id: "also", url: urlOf("also"), weight: 1 + (state.turn % 3) },
         { ...common, id: "moving", url: urlOf(state.moved ? "there" : "here") },
@@ -81,7 +102,7 @@ describe("reloads under load", () => {
     return Object.fromEntries(list.map((report) => [report.id, report]));
   }
 
-  it(`${RELOADS} of them on ${runtime}`, { timeout: 180_000 }, async () => {
+  it(`${RELOADS} of them on ${runtime}`, { timeout: 300_000 }, async () => {
     engines["held"]?.behave({
       fault: { kind: "drop", by: "reset" },
       faultTimes: FAILURES,
@@ -90,7 +111,12 @@ describe("reloads under load", () => {
     engines["held"]?.behave({ fault: null, tokens: 1_000_000 });
     const leave = new AbortController();
     let heldTokens = 0;
-    const holding = Array.from({ length: HELD }, () => hold());
+    const bad: string[] = [];
+    const holding = Array.from({ length: HELD }, () =>
+      hold().catch((error: unknown) => {
+        if (!leave.signal.aborted) bad.push(String(error));
+      }),
+    );
 
     async function hold(): Promise<void> {
       const response = await fetch(`${gateway.url}/v1/chat/completions`, {
@@ -105,17 +131,21 @@ describe("reloads under load", () => {
       const reader = response.body?.getReader();
       for (;;) {
         const result = await reader?.read();
-        assert.notEqual(result?.done, true, "a held stream ended by itself");
+        assert.equal(result?.done, false, "a held stream ended by itself");
         heldTokens++;
       }
     }
 
     let running = true;
     let streams = 0;
-    const bad: string[] = [];
     const clients = Array.from({ length: CLIENTS }, async () => {
       while (running) {
-        const { status, text } = await openaiChat(gateway.url, { model: "m", stream: true });
+        const init = { signal: AbortSignal.timeout(LONGEST_MS) };
+        const { status, text } = await openaiChat(
+          gateway.url,
+          { model: "m", stream: true },
+          init,
+        ).catch((error: unknown) => ({ status: 0, text: `waits for ever: ${String(error)}` }));
         streams++;
         const whole = text.trimEnd().endsWith("data: [DONE]");
         const tokens = dataOf(text).filter((event) =>
@@ -124,7 +154,7 @@ describe("reloads under load", () => {
         if (status !== 200 || !whole || tokens < TOKENS) bad.push(`${status} ${text.slice(-300)}`);
       }
     });
-    await until(() => heldTokens > HELD && streams > CLIENTS, 10_000);
+    assert(await until(() => heldTokens > HELD && streams > CLIENTS, 60_000));
 
     const state = { leaving: true, moved: false, turn: 0 };
     const seen = { removed: 0, moved: 0, invalid: 0, withQueue: 0, withRunning: 0 };
@@ -173,10 +203,13 @@ describe("reloads under load", () => {
     const heldBefore = heldTokens;
     assert(await until(() => heldTokens > heldBefore + HELD), "the held streams still flow");
     leave.abort();
-    const ends = await Promise.allSettled(holding);
-    assert(ends.every(({ status }) => status === "rejected"));
+    await Promise.all(holding);
     assert.deepEqual(bad, []);
-    assert(seen.removed >= 9 && seen.moved >= 9 && seen.invalid >= 9, JSON.stringify(seen));
+    const often = Math.floor(SPECIAL / 3);
+    assert(
+      seen.removed >= often && seen.moved >= often && seen.invalid >= often,
+      JSON.stringify(seen),
+    );
     assert(seen.withRunning > 0 && seen.withQueue > 0, JSON.stringify(seen));
     console.log(
       `reloads under load on ${runtime}: ${RELOADS} reloads, ${streams} streams, ${JSON.stringify(seen)}`,

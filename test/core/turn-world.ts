@@ -1,6 +1,7 @@
 /** One backend in virtual time: an engine with only so much memory, under the real scheduler. */
 import assert from "node:assert/strict";
 import type { Priority } from "../../src/core/fairness.ts";
+import { seenApart, seenTogether } from "../../src/core/fit.ts";
 import { createScheduler, type SchedulerState, type Ticket } from "../../src/core/lanes.ts";
 import { step, type SchedulerEffect, type SchedulerEvent } from "../../src/core/scheduler.ts";
 
@@ -14,9 +15,13 @@ export interface Setting {
   turnMs: number | "auto";
   /** In memory at the beginning. */
   loaded?: readonly string[];
+  /** Requests at once, all models together; else as many as each has slots. */
+  concurrency?: number;
+  /** Of models that are not like the others. */
+  times?: Readonly<Record<string, { serviceMs: number; loadMs: number }>>;
 }
 
-interface Job {
+export interface Job {
   ticket: Ticket;
   queuedAt: number;
   startedAt: number | null;
@@ -60,10 +65,29 @@ export class TurnWorld {
       places: { ...places },
       loaded: this.loaded.has(model),
     }));
-    const { turnMs } = setting;
-    this.#send({ type: "configure", available: true, concurrency: Infinity, lanes });
+    const { turnMs, concurrency = Infinity } = setting;
+    this.#send({ type: "configure", available: true, concurrency, lanes });
     this.#send({ type: "turns", turnMs });
     this.#send({ type: "residency", loaded: new Set(this.loaded) });
+  }
+
+  timesOf(model: string | null): { serviceMs: number; loadMs: number } {
+    return this.setting.times?.[model ?? ""] ?? this.setting;
+  }
+
+  /** As if all had been served and loaded before, in every order. */
+  learn(): void {
+    const { models, fits } = this.setting;
+    const { lanes, turns } = this.state;
+    for (const [model, lane] of lanes) {
+      const { serviceMs, loadMs } = this.timesOf(model);
+      lane.serviceMs = serviceMs;
+      lane.stay.loadMs = loadMs;
+    }
+    for (const some of subsetsOf(models)) {
+      if (some.size <= fits) seenTogether(turns.fit, some);
+      else seenApart(turns.fit, some, 0);
+    }
   }
 
   arrive(at: number, model: string, priority: Priority = "default", deadlineAt = 1e12): Ticket {
@@ -143,6 +167,12 @@ export class TurnWorld {
     }
   }
 
+  /** Runs until then, and what comes next comes at that time. */
+  runTo(at: number): void {
+    this.run(at);
+    this.now = at;
+  }
+
   #send(event: SchedulerEvent): void {
     for (const effect of step(this.state, event, this.now)) this.#apply(effect);
     for (const { line } of this.state.lanes.values()) {
@@ -184,10 +214,10 @@ export class TurnWorld {
     this.order.push(model);
     this.#gates.get(model)?.delete(job.ticket);
     const { ticket } = job;
-    this.at(this.now + this.setting.serviceMs, () => {
+    const { serviceMs } = this.timesOf(model);
+    this.at(this.now + serviceMs, () => {
       job.endedAt = this.now;
       job.ending = "done";
-      const { serviceMs } = this.setting;
       this.#send({ type: "complete", ticket, serviceMs, tokens: null, heldUntil: null });
       if (this.loops.has(ticket)) this.loop(this.now, model, ticket.priority);
     });
@@ -215,7 +245,8 @@ export class TurnWorld {
       }
     }
     const fails = model !== null && this.broken.has(model);
-    this.at(this.now + this.setting.loadMs, () => {
+    const { loadMs } = this.timesOf(model);
+    this.at(this.now + loadMs, () => {
       this.#changing = null;
       if (model !== null && !fails) this.loaded.add(model);
       const loaded = new Set(this.loaded);
@@ -227,7 +258,14 @@ export class TurnWorld {
         );
         this.#gates.set(model, new Set(waiting.map(({ ticket }) => ticket)));
       }
-      this.#send({ type: "loaded", loadMs: this.setting.loadMs, loaded });
+      this.#send({ type: "loaded", loadMs, loaded });
     });
   }
+}
+
+function subsetsOf(models: readonly string[]): Set<string>[] {
+  return models.reduce<Set<string>[]>(
+    (all, model) => [...all, ...all.map((each) => new Set([...each, model]))],
+    [new Set()],
+  );
 }

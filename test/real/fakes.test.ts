@@ -226,7 +226,7 @@ async function states(at: Subject): Promise<string> {
 
 /** What a request makes of the two models, in the end. */
 async function after(at: Subject, wanted: string): Promise<string> {
-  await until(async () => (await states(at)) === wanted, 10_000);
+  await until(async () => (await states(at)) === wanted);
   return states(at);
 }
 

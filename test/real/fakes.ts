@@ -34,7 +34,7 @@ export function compare(
       await suite.test(what, async () => assert.deepEqual(await observe(at), expected));
     }
   };
-  test(`${name}: the fake`, { timeout: 30_000 }, async (suite) => {
+  test(`${name}: the fake`, { timeout: 60_000 }, async (suite) => {
     const engine = await startEngine(fake);
     try {
       await run(engine, suite);

@@ -68,7 +68,7 @@ async function startServer(port: number): Promise<ChildProcess> {
       socket.once("connect", () => resolve(true)).once("error", () => resolve(false));
       socket.once("connect", () => socket.destroy());
     });
-  assert(await until(isUp, 10_000), "redis-server did not start");
+  assert(await until(isUp), "redis-server did not start");
   return child;
 }
 
@@ -92,7 +92,7 @@ async function startPair(port: number) {
     const link = new RedisLink(settings);
     return { link, ledger: new RedisLedger(link, () => Date.now()) };
   });
-  assert(await until(() => pair.every(({ link }) => link.isUp && link.peers === 2), 10_000));
+  assert(await until(() => pair.every(({ link }) => link.isUp && link.peers === 2)));
   return {
     pair,
     areUp: () => pair.every(({ link }) => link.isUp),
@@ -297,7 +297,7 @@ test(FROZEN, { skip, timeout: 60_000 }, async () => {
 
     const freezing = count();
     signal(server, "SIGSTOP");
-    assert(await until(areAway, 5000), "noticed that it is frozen");
+    assert(await until(areAway), "noticed that it is frozen");
     await sleep(TIMEOUT_MS * 2);
     const { failures } = freezing();
     assert(failures > 0 && failures <= most, JSON.stringify(freezing()));
@@ -309,22 +309,22 @@ test(FROZEN, { skip, timeout: 60_000 }, async () => {
     assert.equal(await fromOther(), null);
 
     signal(server, "SIGCONT");
-    assert(await until(areUp, 5000), "noticed that it goes on");
+    assert(await until(areUp), "noticed that it goes on");
     await sleep(300);
     await stopLoad();
     // Settlements were sent again, and each was executed once.
     const isExact = async (): Promise<boolean> => (await usedIn()) === tally.settled;
-    assert(await until(isExact, 5000), `${await usedIn()} of ${tally.settled}`);
+    assert(await until(isExact), `${await usedIn()} of ${tally.settled}`);
 
     stopLoad = startLoad();
     await sleep(200);
     const killing = count();
     await kill(server);
-    assert(await until(areAway, 5000), "noticed that it is gone");
+    assert(await until(areAway), "noticed that it is gone");
     await sleep(500);
     assert(killing().failures <= most, JSON.stringify(killing()));
     server = await startServer(port);
-    assert(await until(areUp, 5000), "came back by itself");
+    assert(await until(areUp), "came back by itself");
     await sleep(300);
     await stopLoad();
     assert(await until(async () => (await usedIn()) > 0), "what was owed is in the new one");
@@ -395,15 +395,15 @@ test(SHARED, { skip, timeout: 60_000 }, async () => {
     assert(areAway());
     for (const share of shares) assert(share <= 6000 && share > 5900, `${share} of 6000`);
     signal(server, "SIGCONT");
-    assert(await until(areUp, 5000));
+    assert(await until(areUp));
     const isBooked = async (): Promise<boolean> => {
       const [report] = await one.ledger.report("u", limits);
       return report?.used === 8000 + sum(shares) && report.limit === amount;
     };
-    assert(await until(isBooked, 5000), "what was owed is booked");
+    assert(await until(isBooked), "what was owed is booked");
 
     await other.link.close();
-    assert(await until(() => one.link.peers === 1, 10_000), "knows that the other has left");
+    assert(await until(() => one.link.peers === 1), "knows that the other has left");
   } finally {
     await close();
     await kill(server);

@@ -22,8 +22,8 @@ const INTERVAL_MS = 300;
 const model = ["test-model"];
 /** Long enough that some are always on their way. */
 const steady: Partial<Behaviour> = { tokens: 8, tokenDelayMs: 6 };
-const probed = { healthInterval: INTERVAL_MS, timeout: 200 };
-const timeouts = { connectMs: 300, firstByteMs: 2000, idleMs: 1000, totalMs: 10_000 };
+const probed = { healthInterval: INTERVAL_MS, timeout: 800 };
+const timeouts = { connectMs: 1000, firstByteMs: 5000, idleMs: 3000, totalMs: 20_000 };
 const circuitBreaker = { failureThreshold: THRESHOLD, resetTimeoutMs: RESET_MS };
 
 interface Report {
@@ -208,11 +208,10 @@ describe("breaker: every backend fails", () => {
           engine.reset();
           engine.behave({ headersDelayMs: 100, fault: { kind: "drop", by: "reset" } });
         }
-        // A request that is dropped is over when its delay is.
         const running = (): number =>
           engines
             .flatMap((engine) => engine.inference())
-            .filter(({ arrivedAt }) => Date.now() - arrivedAt < 95).length;
+            .filter(({ completed, closedByClient }) => !completed && !closedByClient).length;
         let most = 0;
         const timer = setInterval(() => (most = Math.max(most, running())), 2);
         const all: Got[] = [];
@@ -246,7 +245,7 @@ describe("breaker: every backend fails", () => {
           const states = [await stateOf(fleet.gateway, "a"), await stateOf(fleet.gateway, "b")];
           return states.every((state) => state === "closed");
         };
-        assert.ok(await until(areClosed, 10_000), "both are in use");
+        assert.ok(await until(areClosed), "both are in use");
       } finally {
         await fleet.close();
       }
@@ -321,7 +320,7 @@ describe("breaker: of a model, and what is told of it", () => {
     const { breaker: still } = await reportOf(fleet.gateway, "a");
     assert.equal(still.state, "open");
     // It is counted from two clocks.
-    assert.ok(Math.abs((still.untilAt ?? 0) - (open.untilAt ?? 0)) < 100);
+    assert.ok(Math.abs((still.untilAt ?? 0) - (open.untilAt ?? 0)) < 1000);
     const sent = a.inference().length;
     for (const name of ["x", "y"]) {
       assert.equal((await openaiChat(fleet.url, { model: name })).status, 200);

@@ -2,6 +2,7 @@
 import assert from "node:assert/strict";
 import { describe, it } from "node:test";
 import { openaiChat, until } from "../support/client.ts";
+import { effort } from "../support/effort.ts";
 import type { FakeEngine } from "../support/engine.ts";
 import { faults } from "../support/engine-behaviour.ts";
 import type { Fleet } from "../support/fleet.ts";
@@ -9,9 +10,9 @@ import { expectError, startFleet } from "../support/fleet.ts";
 import type { Got } from "./load.ts";
 import { ask } from "./load.ts";
 
-const TIMEOUT = { timeout: 30_000 };
-const MANY = { timeout: 100_000 };
-const REQUESTS = 10_000;
+const TIMEOUT = { timeout: 60_000 };
+const MANY = { timeout: 300_000 };
+const REQUESTS = effort(10_000, 1 / 5);
 const LANES = 48;
 const model = ["test-model"];
 
@@ -66,7 +67,7 @@ describe("busy: more than the engines take", () => {
     it(`${kind}: ${count} requests, none lost, none answered twice`, MANY, async () => {
       // Each takes four; the gateway believes in twice as many.
       const maxQueued = kind === "vllm" ? 4 : 0;
-      const behaviour = { slots: 4, maxQueued, tokens: 2, headersDelayMs: 2 };
+      const behaviour = { slots: 4, maxQueued, tokens: 2, headersDelayMs: 8 };
       const member = { kind, models: model, behaviour, backend: { concurrency: 8 } };
       const fleet = await startFleet({ a: member, b: member });
       try {
@@ -210,12 +211,13 @@ describe("busy: where the request goes", () => {
     });
     const { a } = fleet.engines;
     try {
-      a.behave({ headersDelayMs: 300 });
+      a.behave({ headersDelayMs: Infinity });
       const running = ask(fleet.url, "running", false);
       assert.ok(await until(() => a.activeGenerations() === 1));
       const waiting = ask(fleet.url, "waiting", false);
       const isRefused = async (): Promise<boolean> => (await saturated(fleet)) === 1;
       assert.ok(await until(isRefused));
+      a.release();
       assert.equal((await running).error, null);
       const endedAt = Date.now();
       assert.deepEqual([(await waiting).error, (await waiting).attempts], [null, 2]);

@@ -10,7 +10,7 @@ import type { Fleet } from "../support/fleet.ts";
 import { expectError, startFleet } from "../support/fleet.ts";
 import { checkWell } from "./hostile.ts";
 
-const TIMEOUT = { timeout: 30_000 };
+const TIMEOUT = { timeout: 60_000 };
 const MIB = 1024 * 1024;
 
 /** Names that an engine may list; the configuration names some of them too. */

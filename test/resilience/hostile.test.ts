@@ -16,7 +16,7 @@ import type { Fleet } from "../support/fleet.ts";
 import { expectError, startFleet } from "../support/fleet.ts";
 import { checkWell } from "./hostile.ts";
 
-const TIMEOUT = { timeout: 30_000 };
+const TIMEOUT = { timeout: 60_000 };
 const MIB = 1024 * 1024;
 const LIMIT = MIB;
 const CHAT = "/v1/chat/completions";
@@ -290,7 +290,15 @@ describe("hostile clients", () => {
         const hosts = bytes.toString("latin1").match(/^host.*$/gim) ?? [];
         if (hosts.join() !== "Host: localhost") continue;
         left -= 1;
-        const client = await exchange(bytes, 60);
+        const client = await connect(fleet.gateway.port);
+        client.write(bytes);
+        const isRead = (): boolean => client.status() !== null || client.isClosed();
+        // The gateway waits for the rest of it, if it has answered what came later.
+        if (!(await until(isRead, 60))) {
+          await send(`${fleet.url}/ready`);
+          await until(isRead, 60);
+        }
+        client.leave("close");
         const status = String(client.status() ?? (client.isClosed() ? "closed" : "waits"));
         statuses[status] = (statuses[status] ?? 0) + 1;
         const sent = JSON.stringify(bytes.toString("latin1"));

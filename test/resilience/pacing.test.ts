@@ -66,7 +66,7 @@ void (ALONE ? describe : describe.skip)("pacing", () => {
           return client;
         }),
       );
-      assert.ok(await until(() => clients.every((client) => client.status() === 200), 10_000));
+      assert.ok(await until(() => clients.every((client) => client.status() === 200)));
       await sleep(1000);
 
       const measure = async (): Promise<number> => {

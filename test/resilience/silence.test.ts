@@ -4,9 +4,9 @@ import { after, afterEach, before, describe, it } from "node:test";
 import { openaiChat, until } from "../support/client.ts";
 import { expectError, startFleet, type Fleet } from "../support/fleet.ts";
 
-const TIMEOUT = { timeout: 20_000 };
-const FIRST_BYTE_MS = 700;
-const backend = { healthInterval: 150, timeout: 150 };
+const TIMEOUT = { timeout: 60_000 };
+const FIRST_BYTE_MS = 1200;
+const backend = { healthInterval: 150, timeout: 600 };
 
 describe("silence before the first byte", () => {
   let fleet: Fleet<"loads">;
@@ -96,7 +96,7 @@ describe("a backend whose streams stand still", () => {
       const { text } = await openaiChat(fleet.url, { model: "m", stream: true });
       assert.match(text, /upstream_timeout/);
       assert(await until(async () => !(await isHealthy())), "out of use");
-      assert(await until(isHealthy, 5000), "in use again");
+      assert(await until(isHealthy), "in use again");
     } finally {
       await fleet.close();
     }

@@ -3,10 +3,13 @@ import net from "node:net";
 import process from "node:process";
 import { decodeChunked } from "./engine-socket.ts";
 
+/** What surely happens may take this long on a machine that is busy; who waits for it goes on at once. */
+export const PATIENCE_MS = 15_000;
+
 /** Polls until it holds or the time is over; says which. */
 export async function until(
   predicate: () => boolean | Promise<boolean>,
-  ms = 3000,
+  ms = PATIENCE_MS,
 ): Promise<boolean> {
   const endsAt = performance.now() + ms;
   for (;;) {
@@ -193,7 +196,7 @@ export interface RawClient {
 export async function connect(port: number): Promise<RawClient> {
   const socket = net.connect({ port, host: "127.0.0.1" });
   socket.setNoDelay(true);
-  const parts: Buffer[] = [];
+  let parts: Buffer[] = [];
   let isClosed = false;
   socket.on("data", (bytes: Buffer) => void parts.push(bytes));
   socket.on("error", () => {});
@@ -207,7 +210,11 @@ export async function connect(port: number): Promise<RawClient> {
     socket.once("connect", resolve);
     socket.once("error", reject);
   });
-  const all = (): Buffer => Buffer.concat(parts);
+  // Asked again and again while it comes: joined once.
+  const all = (): Buffer => {
+    if (parts.length !== 1) parts = [Buffer.concat(parts)];
+    return parts[0] ?? Buffer.alloc(0);
+  };
   const headEnd = (): number => all().indexOf("\r\n\r\n");
   const head = (): string => all().subarray(0, Math.max(0, headEnd())).toString("latin1");
   const header = (name: string): string | null =>

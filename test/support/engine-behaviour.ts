@@ -65,6 +65,12 @@ export interface Behaviour {
   promptTokens: number | null;
   cachedTokens: number | null;
 
+  /**
+   * Reads a prompt at so many milliseconds a word before its headers. What an earlier prompt began with is
+   * not read again, and told as `cached_tokens` (real §5.2: llama.cpp's `cache_prompt`), where it is kept.
+   */
+  prefill: { msPerToken: number; keeps: boolean } | null;
+
   /** It takes no notice of the limit that the request sets (wire §1.8: Ollama, of one of the fields). */
   ignoresLimit: boolean;
   /** Before the response headers: engines hold them back until they have a token (real §5.1, §5.2). */
@@ -140,6 +146,7 @@ export const calm: Behaviour = {
   finishReason: "stop",
   promptTokens: null,
   cachedTokens: null,
+  prefill: null,
   ignoresLimit: false,
   headersDelayMs: 0,
   firstTokenDelayMs: 0,

@@ -65,6 +65,8 @@ export interface Host {
   find(name: string): ModelInfo | undefined;
   /** Runs the work with the model loaded and a slot held; without headers until then (wire §1.4). */
   hold(call: Call, info: ModelInfo, work: () => Promise<void>): Promise<void>;
+  /** Before the headers: until it is over, the client has left, or nothing is delayed any more. */
+  delay(ms: number, left: AbortSignal): Promise<void>;
   /** Counts as a generation while it works, with or without a slot. */
   count(work: () => Promise<void>): Promise<void>;
   /** Loads or wakes the model; `false`: refused, or nobody is there any more. */
@@ -73,6 +75,8 @@ export interface Host {
   preload(call: Call, info: ModelInfo): void;
   running(): number;
   waiting(): number;
+  /** Of these words so many have been read before, as the beginning of a prompt; from now on all have. */
+  read(words: readonly string[]): number;
   /** Counts the answers. */
   nextAnswer(): number;
 }

@@ -6,7 +6,7 @@ import { connect, dataOf, openaiChat, parseSse, postBytes, send, until } from ".
 import type { FakeEngine } from "./engine.ts";
 import { startEngine } from "./engine.ts";
 
-const TIMEOUT = { timeout: 10_000 };
+const TIMEOUT = { timeout: 60_000 };
 const USAGE = { stream_options: { include_usage: true } };
 
 interface Chunk {
@@ -102,7 +102,7 @@ describe("fake engine: vllm", () => {
     "is busy from the first beyond --max-num-queued-reqs, running ones counted",
     TIMEOUT,
     async () => {
-      engine.behave({ slots: 1, maxQueued: 1, headersDelayMs: 80 });
+      engine.behave({ slots: 1, maxQueued: 1, headersDelayMs: Infinity });
       const first = chat();
       assert.ok(await until(() => engine.activeGenerations() === 1));
       for (const stream of [false, true]) {
@@ -110,6 +110,7 @@ describe("fake engine: vllm", () => {
         assert.deepEqual([second.status, errorOf(second).type], [503, "Service Unavailable"]);
         assert.equal(second.headers.get("retry-after"), null);
       }
+      engine.release();
       assert.equal((await first).status, 200);
       assert.equal((await chat()).status, 200);
     },
@@ -203,7 +204,7 @@ describe("fake engine: sglang", () => {
   });
 
   it("is busy by a 503, and in a stream after its 200", TIMEOUT, async () => {
-    engine.behave({ slots: 1, maxQueued: 0, headersDelayMs: 80 });
+    engine.behave({ slots: 1, maxQueued: 0, headersDelayMs: Infinity });
     const first = chat();
     assert.ok(await until(() => engine.activeGenerations() === 1));
     const whole = await chat();
@@ -214,6 +215,7 @@ describe("fake engine: sglang", () => {
       parseSse(streamed.text).events.map(({ data }) => data?.slice(0, 8)),
       ['{"error"', "[DONE]"],
     );
+    engine.release();
     assert.equal((await first).status, 200);
   });
 
@@ -339,13 +341,14 @@ describe("fake engine: lmstudio", () => {
   });
 
   it("gives every loaded model its own slots", TIMEOUT, async () => {
-    engine.behave({ slots: 1, maxLoaded: 2, headersDelayMs: 600 });
+    engine.behave({ slots: 1, maxLoaded: 2, headersDelayMs: Infinity });
     const both = [chat("qwen"), chat("phi")];
     assert.ok(await until(() => engine.activeGenerations() === 2));
     const client = await connect(engine.port);
     client.write(postBytes("/v1/chat/completions", { model: "qwen", messages: [{}] }));
     assert.ok(await until(() => engine.waiting() === 1));
     client.leave("close");
+    engine.release();
     for (const answer of await Promise.all(both)) assert.equal(answer.status, 200);
   });
 });

@@ -17,7 +17,7 @@ import {
 import type { FakeEngine } from "./engine.ts";
 import { startEngine } from "./engine.ts";
 
-const TIMEOUT = { timeout: 10_000 };
+const TIMEOUT = { timeout: 60_000 };
 const USAGE = { stream_options: { include_usage: true } };
 
 interface Chunk {
@@ -219,7 +219,7 @@ describe("fake engine: llamacpp", () => {
   });
 
   it("queues beyond its slots, without headers", TIMEOUT, async () => {
-    engine.behave({ slots: 1, headersDelayMs: 60 });
+    engine.behave({ slots: 1, headersDelayMs: Infinity });
     const first = chat();
     assert.ok(await until(() => engine.activeGenerations() === 1));
     const client = await connect(engine.port);
@@ -228,6 +228,7 @@ describe("fake engine: llamacpp", () => {
     assert.equal(client.status(), null);
     client.leave("reset");
     assert.ok(await until(() => engine.waiting() === 0));
+    engine.release();
     await first;
   });
 

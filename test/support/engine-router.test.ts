@@ -6,7 +6,7 @@ import { chatBody, connect, openaiChat, parseSse, postBytes, send, until } from 
 import type { FakeEngine } from "./engine.ts";
 import { startEngine } from "./engine.ts";
 
-const TIMEOUT = { timeout: 10_000 };
+const TIMEOUT = { timeout: 60_000 };
 
 interface Card {
   id: string;
@@ -62,8 +62,9 @@ describe("fake engine: llamacpp-router", () => {
   });
 
   it("evicts the idle one that was used least", TIMEOUT, async () => {
-    engine.behave({ maxLoaded: 1, loadMs: 30 });
+    engine.behave({ maxLoaded: 1 });
     assert.equal((await chat("a")).status, 200);
+    engine.behave({ loadMs: 800 });
     assert.equal(await states(), "a loaded,b unloaded");
     const loading = chat("b");
     assert.ok(await until(async () => (await states()) === "a unloaded,b loading"));
@@ -74,7 +75,7 @@ describe("fake engine: llamacpp-router", () => {
   });
 
   it("waits for a busy one, and loads nothing beside it", TIMEOUT, async () => {
-    engine.behave({ maxLoaded: 1, headersDelayMs: 100 });
+    engine.behave({ maxLoaded: 1, headersDelayMs: Infinity });
     const busy = chat("a");
     assert.ok(await until(() => engine.activeGenerations() === 1));
     const waiting = chat("b");
@@ -85,11 +86,12 @@ describe("fake engine: llamacpp-router", () => {
       [refused.status, errorOf(refused).message],
       [500, "model limit reached, try again later"],
     );
+    engine.release();
     assert.deepEqual([(await busy).status, (await waiting).status], [200, 200]);
   });
 
   it("goes on loading without the client that wanted it", TIMEOUT, async () => {
-    engine.behave({ loadMs: 60 });
+    engine.behave({ loadMs: 500 });
     const client = await connect(engine.port);
     client.write(postBytes("/v1/chat/completions", chatBody({ model: "a" })));
     assert.ok(await until(() => engine.loads.length === 1));
@@ -99,7 +101,7 @@ describe("fake engine: llamacpp-router", () => {
   });
 
   it("loads and unloads when told", TIMEOUT, async () => {
-    engine.behave({ loadMs: 40 });
+    engine.behave({ loadMs: 800 });
     assert.equal((await ask("load", "a")).text, '{"success":true}');
     assert.equal(await states(), "a loading,b unloaded");
     assert.equal(errorOf(await ask("load", "a")).message, "model is already running");

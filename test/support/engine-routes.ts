@@ -6,7 +6,6 @@ import { contextOf, refuse } from "./engine-profile.ts";
 import { responsesShape } from "./engine-responses.ts";
 import type { Job, Piece, Shape, Usage } from "./engine-shapes.ts";
 import { chatShape, completionsShape } from "./engine-shapes.ts";
-import { pause } from "./engine-socket.ts";
 import type { Answer } from "./engine-stream.ts";
 import { sendBody, sendWhole, streamAnswer } from "./engine-stream.ts";
 
@@ -82,10 +81,11 @@ export async function generate(call: Call, info: ModelInfo, dialect: Dialect): P
   const limit = contextOf(info, behaviour);
   if (tokens > limit && (await refuse(call, "tooLong", { tokens, limit }))) return;
   await host.hold(call, info, async () => {
-    const answer = answerOf(call, info, dialect);
+    const cached = await readPrompt(call);
+    const answer = answerOf(call, info, dialect, cached);
     const isStream = dialect.streamsByDefault ? json.stream !== false : json.stream === true;
     if (isStream && behaviour.fault?.kind !== "unstreamed") {
-      await pause(behaviour.headersDelayMs, reply.left);
+      await host.delay(behaviour.headersDelayMs, reply.left);
       if (!reply.left.aborted) await streamAnswer(reply, behaviour, answer, keep);
       return;
     }
@@ -93,11 +93,21 @@ export async function generate(call: Call, info: ModelInfo, dialect: Dialect): P
       behaviour;
     const stall = stallAfterTokens === null ? 0 : stallMs;
     const generating = tokenDelayMs * Math.max(0, answer.pieces.length - 1) + stall;
-    await pause(headersDelayMs + firstTokenDelayMs + generating, reply.left);
+    await host.delay(headersDelayMs + firstTokenDelayMs + generating, reply.left);
     if (reply.left.aborted) return;
     if (behaviour.fault?.kind === "dies" && (await refuse(call, "crashed"))) return;
     await sendWhole(reply, behaviour, answer, keep);
   });
+}
+
+/** Takes as long as that does; tells how much of it was known. */
+async function readPrompt({ behaviour, host, request, reply }: Call): Promise<number | null> {
+  const { prefill, cachedTokens } = behaviour;
+  if (prefill === null) return cachedTokens;
+  const words = wordsOf(request.json);
+  const cached = prefill.keeps ? host.read(words) : 0;
+  await host.delay((words.length - cached) * prefill.msPerToken, reply.left);
+  return cached;
 }
 
 function jobOf(call: Call, info: ModelInfo): Job {
@@ -116,7 +126,7 @@ function jobOf(call: Call, info: ModelInfo): Job {
   };
 }
 
-function answerOf(call: Call, info: ModelInfo, dialect: Dialect): Answer {
+function answerOf(call: Call, info: ModelInfo, dialect: Dialect, cached: number | null): Answer {
   const { behaviour, request } = call;
   const job = jobOf(call, info);
   const words = Array.isArray(behaviour.tokens)
@@ -139,7 +149,7 @@ function answerOf(call: Call, info: ModelInfo, dialect: Dialect): Answer {
   const usage: Usage = {
     input: seenTokens(call),
     output: pieces.length,
-    cached: behaviour.cachedTokens,
+    cached,
   };
   const reason = spoken.length < words.length ? "length" : natural;
   const { style } = job;
@@ -172,7 +182,7 @@ export function embedAs(format?: (vectors: number[][], info: ModelInfo) => unkno
     const isTokens = inputs.length > 0 && inputs.every((each) => typeof each === "number");
     const items = isTokens ? [inputs] : inputs;
     await host.hold(call, info, async () => {
-      await pause(behaviour.headersDelayMs, reply.left);
+      await host.delay(behaviour.headersDelayMs, reply.left);
       if (reply.left.aborted) return;
       const length = Math.min(behaviour.vectorLength, Number(dimensions ?? Infinity));
       const vectors = items
@@ -228,8 +238,12 @@ export function refuses(problem: Parameters<typeof refuse>[1]): Handler {
 }
 
 function countWords(json: Json): number {
+  return wordsOf(json).length;
+}
+
+function wordsOf(json: Json): string[] {
   const texts = JSON.stringify(json.messages ?? json.prompt ?? json.input ?? "");
-  return (texts.match(/\w+/g) ?? []).length;
+  return texts.match(/\w+/g) ?? [];
 }
 
 /** Four numbers that depend on the input and fit a float32. */

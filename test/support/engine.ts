@@ -54,6 +54,8 @@ export interface FakeEngine {
   /** New connections are refused, idle ones closed; what runs goes on. */
   stopListening(): void;
   listenAgain(): Promise<void>;
+  /** Nothing is delayed before its headers any more (`headersDelayMs`), what waits there neither. */
+  release(): void;
   /** As after kill -STOP: connections are accepted, nothing is read, said or noticed. */
   freeze(): void;
   /** As after kill -CONT. */
@@ -89,6 +91,12 @@ class Engine implements Host {
   active = 0;
   answers = 0;
   #slots = new Slots();
+  /** Prompts that were read, as words. */
+  #read: (readonly string[])[] = [];
+  /** Of the requests that are not over. */
+  #underWay = new Set<Behaviour>();
+  /** What ends the delays before headers. */
+  #delayed = new Set<() => void>();
 
   constructor({ kind = "openai", models, behaviour }: EngineOptions) {
     this.profile = profiles[kind];
@@ -131,6 +139,7 @@ class Engine implements Host {
         this.behaviour = { ...this.initial };
         this.perModel.clear();
         requests.length = 0;
+        this.#read = [];
         residency.clear();
       },
       openConnections: () => server.openConnections(),
@@ -138,6 +147,7 @@ class Engine implements Host {
       waiting: () => this.waiting(),
       stopListening: () => server.stopListening(),
       listenAgain: () => server.listen(port),
+      release: () => this.release(),
       freeze: () => server.freeze(),
       thaw: () => server.thaw(),
       close: () => {
@@ -153,12 +163,40 @@ class Engine implements Host {
     return this.models.find((info) => info.name === wanted);
   }
 
+  release(): void {
+    const all = [this.behaviour, ...this.perModel.values(), ...this.#underWay];
+    for (const behaviour of all) behaviour.headersDelayMs = 0;
+    for (const goOn of this.#delayed) goOn();
+  }
+
+  delay(ms: number, left: AbortSignal): Promise<void> {
+    if (ms === 0) return Promise.resolve();
+    return new Promise((resolve) => {
+      const goOn = (): void => {
+        this.#delayed.delete(goOn);
+        resolve();
+      };
+      this.#delayed.add(goOn);
+      void pause(ms, left).then(goOn);
+    });
+  }
+
   running(): number {
     return this.active;
   }
 
   waiting(): number {
     return this.#slots.waiting();
+  }
+
+  read(words: readonly string[]): number {
+    let most = 0;
+    for (const before of this.#read) {
+      const end = words.findIndex((word, at) => before[at] !== word);
+      most = Math.max(most, end === -1 ? words.length : end);
+    }
+    this.#read.push(words);
+    return most;
   }
 
   nextAnswer(): number {
@@ -235,8 +273,10 @@ class Engine implements Host {
   }
 
   /** The behaviour for one request, with a fault that strikes only so many times. */
-  #behaviourFor(model: string, isInference: boolean): Behaviour {
-    const own = this.perModel.get(model);
+  #behaviourFor(request: EngineRequest): Behaviour {
+    const [path = ""] = request.path.split("?");
+    const isInference = request.method === "POST" && !this.profile.control.includes(path);
+    const own = this.perModel.get(modelIn(request));
     const merged: Behaviour = { ...this.behaviour, ...own };
     if (merged.fault === null || !isInference) return { ...merged, fault: null };
     if (merged.faultTimes <= 0) return { ...merged, fault: null };
@@ -252,24 +292,27 @@ class Engine implements Host {
       record.request.closedByClient = true;
       record.request.closedAt = Date.now();
     });
+    const behaviour = this.#behaviourFor(record.request);
+    this.#underWay.add(behaviour);
     try {
-      await this.#route(record.request, reply, record.keep);
+      await this.#route(record.request, behaviour, reply, record.keep);
       record.request.completed = !reply.left.aborted;
     } catch (error) {
       if (!(error instanceof ClientLeft)) throw error;
+    } finally {
+      this.#underWay.delete(behaviour);
     }
   }
 
   async #route(
     request: EngineRequest,
+    behaviour: Behaviour,
     reply: Reply,
     keep: (bytes: Uint8Array) => void,
   ): Promise<void> {
     const { profile } = this;
     const [path = "/", search = ""] = request.path.split("?");
     const isRead = request.method === "GET" || request.method === "HEAD";
-    const isInference = request.method === "POST" && !profile.control.includes(path);
-    const model = typeof request.json.model === "string" ? request.json.model : "";
     const call: Call = {
       host: this,
       request,
@@ -277,16 +320,15 @@ class Engine implements Host {
       keep,
       path,
       query: new URLSearchParams(search),
-      model,
-      behaviour: this.#behaviourFor(model, isInference),
+      model: modelIn(request),
+      behaviour,
     };
     const problem = profile.gate(call);
     if (problem !== null && (await refuse(call, problem))) return;
-    const { behaviour } = call;
     const fault = isRead ? behaviour.probeFault : behaviour.fault;
     const comesEarly = fault?.kind === "hang" || fault?.kind === "drop" || fault?.kind === "answer";
     if (comesEarly) {
-      if (!isRead) await pause(behaviour.headersDelayMs, reply.left);
+      if (!isRead) await this.delay(behaviour.headersDelayMs, reply.left);
       if (!reply.left.aborted) await answerFault(reply, fault, keep);
       return;
     }
@@ -298,6 +340,10 @@ class Engine implements Host {
     const isWrong = handler === undefined && isElsewhere;
     await refuse(call, isWrong ? "wrongMethod" : "noRoute");
   }
+}
+
+function modelIn({ json }: EngineRequest): string {
+  return typeof json.model === "string" ? json.model : "";
 }
 
 /** By the whole path, else by the longest beginning that ends in "/" and is not the root. */

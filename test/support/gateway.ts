@@ -7,16 +7,15 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
-import { until } from "./client.ts";
+import { PATIENCE_MS, until } from "./client.ts";
 
 const ROOT = fileURLToPath(new URL("../../", import.meta.url));
 const SERVER = join(ROOT, "src/server.ts");
 /** Loaded before the gateway, collects garbage all the time: see {@link GatewayOptions.preload}. */
 export const GC_PRELOAD = fileURLToPath(new URL("./gc.ts", import.meta.url));
 
-const START_MS = 15_000;
-/** Less than the 5 s that `bun test` gives a hook. */
-const STOP_MS = 4000;
+const START_MS = 30_000;
+const STOP_MS = 20_000;
 const PAGE_BYTES = 4096;
 
 export const runtime: "bun" | "deno" = process.versions.bun === undefined ? "deno" : "bun";
@@ -184,12 +183,18 @@ function faceOf(
   stdout: () => string,
   stderr: () => string,
 ): Gateway {
-  const records = (): LogRecord[] =>
-    stdout()
-      .split("\n")
-      .filter((line) => line.startsWith("{"))
-      .map(parseLine)
-      .filter((line): line is LogRecord => line?.msg === "request");
+  // Asked again and again while the log grows: each line is read once.
+  const known: LogRecord[] = [];
+  let readTo = 0;
+  const records = (): LogRecord[] => {
+    const end = stdout().lastIndexOf("\n") + 1;
+    for (const line of stdout().slice(readTo, end).split("\n")) {
+      const record = line.startsWith("{") ? parseLine(line) : null;
+      if (record?.msg === "request") known.push(record);
+    }
+    readTo = end;
+    return [...known];
+  };
   const gateway: Gateway = {
     url: "",
     port: 0,
@@ -197,7 +202,7 @@ function faceOf(
     stdout,
     stderr,
     records,
-    async record(wanted, ms = 3000) {
+    async record(wanted, ms = PATIENCE_MS) {
       const fits =
         typeof wanted === "string"
           ? (record: LogRecord): boolean => record.request_id === wanted

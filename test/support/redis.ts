@@ -37,7 +37,7 @@ export async function startRedis(): Promise<RedisServer | null> {
   const url = `redis://127.0.0.1:${port}`;
   const client = new Redis(url, { retryStrategy: () => 50, maxRetriesPerRequest: null });
   client.on("error", () => {});
-  if (!(await until(() => client.status === "ready", 10_000))) {
+  if (!(await until(() => client.status === "ready"))) {
     client.disconnect();
     end();
     throw new Error(`${program} did not start`);

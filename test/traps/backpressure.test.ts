@@ -36,7 +36,7 @@ async function startFlood() {
 for (const form of ["push", "tee"]) {
   test(
     `a ${form} relay swallows 100 MB for a client that does not read`,
-    { timeout: 40_000 },
+    { timeout: 60_000 },
     async () => {
       const { upstream, taken } = await startFlood();
       const naive = await runNaive("push-relay", upstream.url, { args: [form] });
@@ -53,7 +53,7 @@ for (const form of ["push", "tee"]) {
   );
 }
 
-test("the gateway takes less than 30 MB for it", { timeout: 40_000 }, async () => {
+test("the gateway takes less than 30 MB for it", { timeout: 60_000 }, async () => {
   const { upstream, taken } = await startFlood();
   const gateway = await startGateway({
     config: { backends: [{ id: "raw", kind: "openai", url: upstream.url, models: ["m"] }] },
@@ -61,7 +61,7 @@ test("the gateway takes less than 30 MB for it", { timeout: 40_000 }, async () =
   try {
     const client = await ask(gateway.port, chat(true));
     client.pause();
-    assert.ok(await until(() => taken() > 1_000_000, 5000), `took ${taken()} bytes`);
+    assert.ok(await until(() => taken() > 1_000_000), `took ${taken()} bytes`);
     let last = -1;
     while (last !== taken() && taken() < BOUND_BYTES) {
       last = taken();
@@ -69,7 +69,7 @@ test("the gateway takes less than 30 MB for it", { timeout: 40_000 }, async () =
     }
     assert.ok(taken() < BOUND_BYTES, `took ${taken()} bytes`);
     client.leave("close");
-    assert.ok(await until(() => upstream.posts[0]?.isClosed() === true, 3000));
+    assert.ok(await until(() => upstream.posts[0]?.isClosed() === true));
   } finally {
     await gateway.stop("SIGKILL");
     await upstream.stop();

@@ -34,7 +34,7 @@ async function streamForever({ socket, isClosed }: UpstreamRequest): Promise<voi
 if (isDeno) {
   test(
     "Deno: Deno.serve misses a POST client that leaves before the answer, the gateway does not",
-    { timeout: 20_000 },
+    { timeout: 60_000 },
     async () => {
       const upstream = await startUpstream(() => {});
       const naive = await runNaive("deno-serve", upstream.url);
@@ -43,7 +43,7 @@ if (isDeno) {
       });
       try {
         const unseen = await ask(naive.port, chat(true, LONG), { pauses: true });
-        assert.ok(await until(() => upstream.posts.length === 1, 3000));
+        assert.ok(await until(() => upstream.posts.length === 1));
         unseen.leave("close");
         await sleep(2000);
         assert.equal(upstream.posts[0]?.isClosed(), false);
@@ -51,13 +51,13 @@ if (isDeno) {
 
         for (const [at, stream] of [true, false].entries()) {
           const seen = await ask(gateway.port, chat(stream, LONG), { pauses: true });
-          assert.ok(await until(() => upstream.posts.length === at + 2, 3000));
+          assert.ok(await until(() => upstream.posts.length === at + 2));
           await sleep(200);
           assert.equal(upstream.posts[at + 1]?.isClosed(), false);
           seen.leave("close");
-          assert.ok(await until(() => upstream.posts[at + 1]?.isClosed() === true, 1000));
+          assert.ok(await until(() => upstream.posts[at + 1]?.isClosed() === true));
         }
-        assert.ok(await until(() => gateway.records().length === 2, 2000));
+        assert.ok(await until(() => gateway.records().length === 2));
         for (const record of gateway.records()) assert.equal(record.ending, "cancelled");
       } finally {
         await gateway.stop("SIGKILL");
@@ -72,7 +72,7 @@ if (isDeno) {
 if (isDeno) {
   test(
     "Deno: abort() is forgotten with the Response, the gateway closes the upstream all the same",
-    { timeout: 20_000 },
+    { timeout: 60_000 },
     async () => {
       const upstream = await startUpstream(streamForever);
       const naive = await runNaive("drops-response", upstream.url, {
@@ -80,7 +80,7 @@ if (isDeno) {
         runtimeArgs: ["--v8-flags=--expose-gc"],
       });
       try {
-        assert.ok(await until(() => naive.output().includes("aborted"), 5000), naive.output());
+        assert.ok(await until(() => naive.output().includes("aborted")), naive.output());
         await sleep(2000);
         assert.equal(upstream.posts[0]?.isClosed(), false);
       } finally {
@@ -93,7 +93,7 @@ if (isDeno) {
 
 test(
   "under constant garbage collection a client that leaves mid-stream closes the upstream",
-  { timeout: 30_000 },
+  { timeout: 60_000 },
   async () => {
     const upstream = await startUpstream(streamForever);
     const gateway = await startGateway({
@@ -105,11 +105,11 @@ test(
     try {
       for (let round = 0; round < 3; round += 1) {
         const client = await ask(gateway.port, chat(true));
-        assert.ok(await until(() => client.received().includes("more"), 5000), client.received());
+        assert.ok(await until(() => client.received().includes("more")), client.received());
         await sleep(500);
         assert.equal(upstream.posts[round]?.isClosed(), false);
         client.leave("close");
-        assert.ok(await until(() => upstream.posts[round]?.isClosed() === true, 1500));
+        assert.ok(await until(() => upstream.posts[round]?.isClosed() === true));
       }
     } finally {
       await gateway.stop("SIGKILL");
@@ -131,7 +131,7 @@ async function answerThenLeave(
     for (const stream of [true, false]) {
       const client = await ask(gateway.port, chat(stream));
       const end = stream ? "data: [DONE]\n\n" : '"total_tokens":2}}';
-      assert.ok(await until(() => client.received().includes(end), 5000), client.received());
+      assert.ok(await until(() => client.received().includes(end)), client.received());
       if (!leavesAtOnce) await sleep(500);
       client.leave("close");
       await gateway.record((record) => record.stream === stream);
@@ -158,13 +158,13 @@ async function answerAtOnce({ body, socket }: UpstreamRequest): Promise<void> {
 if (isDeno) {
   test(
     "Deno: request.signal fires after every answer of Deno.serve",
-    { timeout: 20_000 },
+    { timeout: 60_000 },
     async () => {
       const naive = await runNaive("trusts-signal", "");
       try {
         const client = await ask(naive.port, chat(false));
-        assert.ok(await until(() => client.received().includes("whole answer"), 5000));
-        assert.ok(await until(() => naive.output().includes("ending: cancelled"), 2000));
+        assert.ok(await until(() => client.received().includes("whole answer")));
+        assert.ok(await until(() => naive.output().includes("ending: cancelled")));
         client.leave("close");
       } finally {
         await naive.stop();
@@ -175,18 +175,18 @@ if (isDeno) {
 
 test(
   "an answered request is completed, though its client closes the kept connection at once",
-  { timeout: 20_000 },
+  { timeout: 60_000 },
   () => answerThenLeave(true, answerAtOnce),
 );
 
-test("an answered request is completed while its connection is kept", { timeout: 20_000 }, () =>
+test("an answered request is completed while its connection is kept", { timeout: 60_000 }, () =>
   answerThenLeave(false, answerAtOnce),
 );
 
 // The official OpenAI SDK cancels the body as soon as it has read the end marker.
 test(
   "a streamed answer is completed for a client that leaves at the end marker, before the engine closes",
-  { timeout: 20_000 },
+  { timeout: 60_000 },
   () =>
     answerThenLeave(true, async ({ body, socket }) => {
       if (!body.includes('"stream":true')) {

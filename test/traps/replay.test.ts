@@ -9,7 +9,7 @@ import { ANSWER, ask, chat, isDeno, runNaive, startUpstream, whole } from "./rig
 if (isDeno) {
   test(
     "Deno: fetch repeats a POST on a reused connection that dies, the gateway sends it once",
-    { timeout: 20_000 },
+    { timeout: 60_000 },
     async () => {
       const upstream = await startUpstream(({ body, head, socket }) => {
         if (body.includes("die")) socket.destroy();
@@ -22,18 +22,15 @@ if (isDeno) {
       });
       const deaths = () => upstream.posts.filter(({ body }) => body.includes("die"));
       try {
-        assert.ok(await until(() => naive.exit() !== undefined, 5000), naive.output());
+        assert.ok(await until(() => naive.exit() !== undefined), naive.output());
         assert.equal(deaths().length, 2, "the naive program was expected to send it twice");
         assert.ok(deaths()[0]?.nth === 2, "on the connection of the request before it");
 
         const sentByNaive = upstream.posts.length;
         const warm = await ask(gateway.port, chat(false, "warm"));
-        assert.ok(await until(() => warm.received().includes(" 200 "), 5000), warm.received());
+        assert.ok(await until(() => warm.received().includes(" 200 ")), warm.received());
         const client = await ask(gateway.port, chat(false, "die"));
-        assert.ok(
-          await until(() => client.received().includes('"error"'), 5000),
-          client.received(),
-        );
+        assert.ok(await until(() => client.received().includes('"error"')), client.received());
         assert.match(client.received(), /^HTTP\/1.1 502 /);
         assert.match(client.received(), /"code":"upstream_unreachable"/);
         assert.match(client.received(), /^x-tidegate-attempts: 1\r$/im);

@@ -21,13 +21,13 @@ import {
 // Deno has none of these clocks and sends headers at once: runtimes.md §c, ten facts no. 6.
 if (isBun) {
   test(
-    "Bun: idleTimeout of 10 s ends a silent request, the gateway's stays for 13 s",
-    { timeout: 40_000 },
+    "Bun: idleTimeout of 10 s ends a silent request, the gateway's stays for 16 s",
+    { timeout: 60_000 },
     async () => {
       const upstream = await startUpstream(async ({ body, socket }) => {
         const gap = body.includes("gap");
         if (gap) socket.write(STREAM_HEAD + chunk(delta("one ")));
-        await sleep(13_000);
+        await sleep(16_000);
         if (gap) socket.write(chunk(delta("two", "stop")) + chunk("data: [DONE]\n\n") + LAST_CHUNK);
         else socket.write(body.includes('"stream":true') ? WHOLE_STREAM : whole(200, ANSWER));
       });
@@ -45,7 +45,7 @@ if (isBun) {
         const late = await ask(gateway.port, chat(true));
         const answer = await ask(gateway.port, chat(false));
         assert.ok(
-          await until(() => cut.isClosed(), 12_900),
+          await until(() => cut.isClosed(), 15_900),
           "the naive server was expected to hang up",
         );
         assert.match(cut.received(), /one /);
@@ -55,7 +55,7 @@ if (isBun) {
           [late, "[DONE]"],
           [answer, '"content":"hi"'],
         ] as const) {
-          assert.ok(await until(() => client.received().includes(end), 5000), client.received());
+          assert.ok(await until(() => client.received().includes(end)), client.received());
           assert.match(client.received(), /^HTTP\/1.1 200 /);
           client.leave("close");
         }
@@ -69,7 +69,7 @@ if (isBun) {
 
   test(
     "Bun: an answer has no headers before its first byte, the gateway opens it with a comment",
-    { timeout: 20_000 },
+    { timeout: 60_000 },
     async () => {
       const upstream = await startUpstream(() => {});
       const naive = await runNaive("silent-stream", upstream.url);
@@ -82,7 +82,7 @@ if (isBun) {
       try {
         const silent = await ask(naive.port, chat(true));
         const opened = await ask(gateway.port, chat(true));
-        assert.ok(await until(() => /^: /m.test(opened.received()), 3000), opened.received());
+        assert.ok(await until(() => /^: /m.test(opened.received())), opened.received());
         assert.equal(opened.status(), 200);
         assert.equal(opened.header("content-type"), "text/event-stream");
         await sleep(2000);

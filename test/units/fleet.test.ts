@@ -52,14 +52,17 @@ class World {
   readonly fleet: Fleet;
   #tickets = 0;
 
-  constructor(plan: Plan, { maxLength = 10, upstreamLimit = Infinity, breaker = BREAKER } = {}) {
+  constructor(
+    plan: Plan,
+    { maxLength = 10, upstreamLimit = Infinity, breaker = BREAKER, random = 0 } = {},
+  ) {
     this.snapshot = snapshotOf(plan);
     this.fleet = new Fleet({
       now: () => this.now,
       maxLength,
       upstreamLimit,
       breaker,
-      random: () => 0,
+      random: () => random,
       apiKeyOf: (id) => (id === "a" ? "key of a" : null),
       look: () => Promise.resolve(false),
       loaded: () => {},
@@ -340,6 +343,17 @@ describe("refusals", () => {
       assert(refused?.type === "refused" && refused.cause === "full");
       assert(refused.retryAfterMs > 0);
     }
+  });
+
+  it("are spread by up to a tenth, never to an earlier time", () => {
+    const [least, most] = [0, 0.999].map((random) => {
+      const world = new World(one, { maxLength: 1, random });
+      for (const each of [1, 2]) assert.equal(world.ask("a").said.length, 2 - each);
+      const [refused] = world.ask("a").decisions;
+      assert(refused?.type === "refused");
+      return refused.retryAfterMs;
+    }) as [number, number];
+    assert(most > 1.09 * least && most <= 1.1 * least, `${least} and ${most}`);
   });
 
   it("count places per model", () => {
