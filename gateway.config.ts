@@ -40,6 +40,7 @@ export default defineConfig({
   //   "qwen2.5:14b": {
   //     backends: ["vllm"], // only these serve it; absent: all that have it
   //     aliases: ["default"],
+  //     fallback: ["coder"], // smaller models that answer while this one cannot, in this order
   //     concurrency: 4, // requests at once over all backends
   //     warm: false, // true: loaded at start and after a reload, where it fits
   //     maxOutputTokens: 4096, // cap on one answer

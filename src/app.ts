@@ -43,6 +43,7 @@ const EXPOSED = [
   "x-tidegate-reason",
   "x-tidegate-attempts",
   "x-tidegate-cache",
+  "x-tidegate-degraded",
   "x-tidegate-pinned",
   "age",
   "x-ratelimit-limit-requests",

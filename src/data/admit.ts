@@ -387,7 +387,8 @@ export function lateness(exchange: Exchange, flight: Exchange): GatewayError | n
   const waiting = waitingOf(flight);
   if (waiting === null) return null;
   const retryAfterMs = Math.max(1, waiting.etaMs);
-  return refusal({ cause: "expired", retryAfterMs }, flight.record.model ?? "", exchange);
+  const model = flight.degraded?.asked ?? flight.record.model ?? "";
+  return refusal({ cause: "expired", retryAfterMs }, model, exchange);
 }
 
 /**

@@ -68,9 +68,10 @@ export class Flight {
     member.flight = exchange;
     const priority = sooner(exchange.priority, member.priority);
     const deadlineAt = deadlineOf(member);
-    const isNews = priority !== exchange.priority || deadlineAt - this.#deadlineAt > NEWS_MS;
+    const isLater = deadlineAt - this.#deadlineAt > NEWS_MS;
+    const isNews = isLater || priority !== exchange.priority;
     exchange.priority = priority;
-    exchange.deadlineAt = Math.max(deadlineAt, this.#deadlineAt);
+    if (isLater) exchange.deadlineAt = deadlineAt;
     if (isNews) reconsider(exchange);
     return new Promise((resolve, reject) => {
       this.#waiters.set(member, { resolve, reject });
@@ -84,6 +85,8 @@ export class Flight {
         this.#tell(member, isLast);
       });
       member.after(Math.max(0, deadlineAt - this.#plane.now()), () => {
+        // Its own time is up, and not only this one's: it may find a smaller model.
+        if (deadlineAt >= this.#deadlineAt) return;
         const late = lateness(member, exchange);
         if (late === null) return;
         reject(late);

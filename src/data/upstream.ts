@@ -1,4 +1,5 @@
 import type { Permit } from "../fleet/permit.ts";
+import type { RequestRecord } from "../telemetry/record.ts";
 import { admit, deadlineOf } from "./admit.ts";
 import { AttemptFailed, UpstreamAttempt } from "./attempt.ts";
 import { degrade, mayDegrade } from "./degrade.ts";
@@ -18,7 +19,8 @@ const MOST_ATTEMPTS = 2;
 export async function obtain(exchange: Exchange, plane: Plane): Promise<Reply> {
   const isAllowed = mayDegrade(exchange);
   await reserve(exchange, plane);
-  let first: unknown = null;
+  const passed = new Set<string>();
+  let first: { error: unknown; where: Partial<RequestRecord> } | null = null;
   for (;;) {
     try {
       const reply = await attempts(exchange, plane);
@@ -26,10 +28,15 @@ export async function obtain(exchange: Exchange, plane: Plane): Promise<Reply> {
       if (degraded !== null) plane.metrics?.degraded(degraded.asked, degraded.served);
       return reply;
     } catch (error) {
-      first ??= error;
-      if (isAllowed && degrade(exchange, plane, error)) continue;
-      exchange.degraded = null;
-      throw first;
+      const { model, backend_id, reason } = exchange.record;
+      first ??= { error, where: { model, backend_id, reason } };
+      if (isAllowed && degrade(exchange, plane, error, passed)) continue;
+      // Nothing came of the smaller ones: it is as if nobody had asked them.
+      if (!exchange.ended) {
+        exchange.degraded = null;
+        Object.assign(exchange.record, first.where);
+      }
+      throw first.error;
     }
   }
 }

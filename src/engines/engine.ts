@@ -96,6 +96,8 @@ export interface Engine {
   cannot(want: Want): string | null;
   /** It loads models when they are asked for, and tells which are loaded. */
   tellsResidency: boolean;
+  /** Do the capabilities of its models say which can use tools, and which see? */
+  tellsAbilities: boolean;
   /** It serves the one model it has under whatever name it is asked for. */
   takesAnyName: boolean;
   /** Would a model of that name be answered by machines elsewhere? */
@@ -301,6 +303,7 @@ export const openai: Engine = {
   speaks: () => true,
   cannot: () => null,
   tellsResidency: false,
+  tellsAbilities: false,
   takesAnyName: false,
   isRemote: () => false,
   withhold: () => NOTHING_WITHHELD,

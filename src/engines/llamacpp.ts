@@ -150,6 +150,7 @@ export const llamacpp: Engine = {
   slots: 4,
   embedBatch: 256,
   tellsResidency: true,
+  tellsAbilities: true,
   takesAnyName: true,
   // Its own name goes before all others, wherever it is handed on.
   limitFields: {

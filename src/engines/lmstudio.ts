@@ -81,6 +81,7 @@ export const lmstudio: Engine = {
   slots: 4,
   embedBatch: 64,
   tellsResidency: true,
+  tellsAbilities: true,
   speaks: (path) => !LACKED_PATHS.has(path),
   // One after the other: it logs an error for every path it lacks, and answers 200 all the same.
   async look(connection, signal): Promise<Sighting> {

@@ -162,6 +162,7 @@ export const ollama: Engine = {
   speaks: (path) => PATHS.has(path),
   cannot: ({ what }) => CANNOT[what] ?? null,
   tellsResidency: true,
+  tellsAbilities: true,
   isRemote: hasCloudTag,
   withhold: withholdFromOllama,
   adapt(body, keys) {

@@ -21,9 +21,9 @@ import { Grant } from "./grant.ts";
 import {
   breakerReport,
   breakersOf,
-  couldServe,
   createLive,
   isBetterOff,
+  isServed,
   failedLoad,
   keyOf,
   loadedIn,
@@ -208,6 +208,11 @@ export class Fleet {
     return failedLoad(this.#lives, model, this.#options.now());
   }
 
+  /** Might a backend serve such a request, as far as is known? @param except not this one. */
+  isServed(request: Pick<Ticket, "model" | "barred">, except: Live | null = null): boolean {
+    return isServed(this.#lives.values(), request, except, this.breaker, this.#options.now());
+  }
+
   /** In how many milliseconds the first of this model's open targets is tried again; null: none is open. */
   triedAgainIn(model: Model): number | null {
     return triedAgainIn(this.#lives, model, this.#options.now());
@@ -387,10 +392,7 @@ export class Fleet {
         case "expire": {
           const cause = effect.type === "refuse" ? effect.cause : "expired";
           // What cannot be loaded here may be loaded elsewhere.
-          const others = [...this.#lives.values()].filter((each) => each !== live);
-          const now = this.#options.now();
-          const isServed = (each: Live) => couldServe(each, effect.ticket, this.breaker, now);
-          if (cause === "load_failed" && others.some(isServed)) {
+          if (cause === "load_failed" && this.isServed(effect.ticket, live)) {
             asking?.decide({ type: "reselect" });
           } else {
             const retryAfterMs = effect.retryAfterMs * (1 + JITTER * this.#options.random());

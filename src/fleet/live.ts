@@ -140,10 +140,20 @@ function isOpenTo(
   );
 }
 
-/** Might this backend serve a request whose model could not be loaded at another? */
-export function couldServe(
+/** Might one of these backends serve such a request, as far as is known? @param except not this one. */
+export function isServed(
+  lives: Iterable<Live>,
+  request: Pick<Ticket, "model" | "barred">,
+  except: Live | null,
+  settings: BreakerSettings,
+  now: number,
+): boolean {
+  return [...lives].some((live) => live !== except && couldServe(live, request, settings, now));
+}
+
+function couldServe(
   { id, scheduler, health, guard }: Live,
-  { model, barred }: Ticket,
+  { model, barred }: Pick<Ticket, "model" | "barred">,
   settings: BreakerSettings,
   now: number,
 ): boolean {

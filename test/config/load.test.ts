@@ -350,19 +350,6 @@ describe("the bind rule", () => {
 });
 
 describe("notes", () => {
-  it("say what is accepted and not in effect yet, a line for each that is set", async () => {
-    const file = {
-      cache: { enabled: false },
-      circuitBreaker: {},
-      redis: {},
-      models: { m: { fallback: "n", maxOutputTokens: 9 }, n: { maxOutputTokens: 1 }, o: {} },
-    };
-    assert.deepEqual((await load(file)).notes, [
-      "models.m.fallback: accepted, in effect from a later version",
-    ]);
-    assert.deepEqual((await load({ models: { o: { aliases: ["x"] } } })).notes, []);
-  });
-
   it("warn of a variable that nobody reads, with a guess", async () => {
     const environment = { TIDEGATE_API_KEY: "k", TIDEGATE_ZZZZZZZZ: "1", OTHER: "1" };
     const { notes, environmentKeys } = await load({}, { environment });

@@ -134,7 +134,13 @@ describe("origins and hosts", () => {
       assert.equal(answer.headers.get("access-control-allow-origin"), origin);
       assert.match(answer.headers.get("vary") ?? "", /origin/i);
       const exposed = (answer.headers.get("access-control-expose-headers") ?? "").toLowerCase();
-      for (const name of ["x-request-id", "x-tidegate-backend", "server-timing", "retry-after"]) {
+      for (const name of [
+        "x-request-id",
+        "x-tidegate-backend",
+        "x-tidegate-degraded",
+        "server-timing",
+        "retry-after",
+      ]) {
         assert.ok(exposed.includes(name), `${name} in ${exposed}`);
       }
     }

@@ -374,22 +374,12 @@ describe("configuration", () => {
     await rm(folder, { recursive: true });
   });
 
-  it(
-    "says what is accepted and not in effect yet, and which variable it does not know",
-    TIMEOUT,
-    async () => {
-      const gateway = await startGateway({
-        config: {
-          ...DEMO,
-          models: { demo: { fallback: "demo" } },
-        },
-        env: { TIDEGATE_QUEUE_MAX_WAT: "1" },
-      });
-      assert.match(gateway.stderr(), /models\.demo\.fallback: accepted, in effect from a later/);
-      assert.match(gateway.stderr(), /TIDEGATE_QUEUE_MAX_WAT/);
-      await gateway.stop();
-    },
-  );
+  it("says which variable it does not know", TIMEOUT, async () => {
+    const env = { TIDEGATE_QUEUE_MAX_WAT: "1" };
+    const gateway = await startGateway({ config: DEMO, env });
+    assert.match(gateway.stderr(), /TIDEGATE_QUEUE_MAX_WAT/);
+    await gateway.stop();
+  });
 
   it("goes on when whoever read its output has left", TIMEOUT, async () => {
     const gateway = await startGateway({ config: DEMO });

@@ -5,7 +5,7 @@
 import assert from "node:assert/strict";
 import { after, afterEach, before, describe, it } from "node:test";
 import { configShape, type Shape } from "../../src/settings/shape.ts";
-import { backendKeys, laterKeys, modelKeys } from "./keys/backends.ts";
+import { backendKeys, modelKeys } from "./keys/backends.ts";
 import { breakerKeys } from "./keys/breaker.ts";
 import { cacheKeys, redisKeys } from "./keys/cache.ts";
 import { drainKeys } from "./keys/drain.ts";
@@ -36,7 +36,6 @@ const groups: Record<string, KeyTests> = {
   "the circuit breaker": breakerKeys,
   metrics: metricKeys,
   telemetry: telemetryKeys,
-  "a later version": laterKeys,
 };
 
 describe("the keys of", () => {

@@ -127,12 +127,11 @@ describe("a reload", () => {
 
   it("says the notes of the new configuration again", async () => {
     await write({});
-    const world = await started();
-    await write({ models: { m: { fallback: "n" } } });
+    const world = await started({ config: NAME }, { TIDEGATE_ZZZZZZZZ: "1" });
     await world.reloader.reload("api");
     assert.deepEqual(
       world.lines.filter(({ level }) => level === "warn").map(({ msg }) => msg),
-      ["models.m.fallback: accepted, in effect from a later version"],
+      ["TIDEGATE_ZZZZZZZZ: unknown variable, ignored"],
     );
   });
 

@@ -8,6 +8,7 @@ import { startGateway } from "../../../src/gateway.ts";
 import { loadSettings, type Sources } from "../../../src/settings/load.ts";
 import { Log } from "../../../src/telemetry/log.ts";
 import { send } from "../../support/client.ts";
+import { faults } from "../../support/engine-behaviour.ts";
 import { expectError } from "../../support/fleet.ts";
 import { runtime } from "../../support/gateway.ts";
 import { eventually, type KeyTests, type Rig } from "./rig.ts";
@@ -232,21 +233,19 @@ export const modelKeys: KeyTests = {
     assert.equal((await send(`${rig.url}/v1/models/default`)).status, 200);
   },
 
+  async "models.<name>.fallback"(rig) {
+    rig.engines.a.behaveFor("only-a", { fault: faults.ollamaLoadFailed });
+    expectError(await rig.chat({ model: "only-a" }), 502, "upstream_error");
+    await rig.change({ models: { "only-a": { fallback: "m" } } });
+    const { status, headers } = await rig.chat({ model: "only-a" });
+    assert.deepEqual([status, headers.get("x-tidegate-model")], [200, "m"]);
+    assert.equal(headers.get("x-tidegate-degraded"), "asked=only-a;reason=memory");
+  },
+
   async "models.<name>.concurrency"(rig) {
     await rig.change({ models: { m: { concurrency: 1 } } });
     const running = await holdTwo(rig, "m");
     await rig.change({ models: { m: { concurrency: 2 } } });
     await eventually("what waited runs", () => running() === 2);
-  },
-};
-
-/** Keys that are accepted before they are in effect: whoever sets one is told so. */
-export const laterKeys: KeyTests = {
-  async "models.<name>.fallback"(rig) {
-    const line = "models.m.fallback: accepted, in effect from a later version";
-    const count = () => rig.gateway.stdout().split(line).length;
-    const before = count();
-    await rig.change({ models: { m: { fallback: "only-a" } } });
-    await eventually("it is said", () => count() > before);
   },
 };

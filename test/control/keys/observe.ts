@@ -1,8 +1,7 @@
 /** `metrics`, `telemetry`: what is told, and to whom. */
 import assert from "node:assert/strict";
-import { createServer } from "node:http";
-import type { AddressInfo } from "node:net";
 import { send } from "../../support/client.ts";
+import { withSink, type Sink } from "../../support/sink.ts";
 import { eventually, type KeyTests, type Rig } from "./rig.ts";
 
 export const metricKeys: KeyTests = {
@@ -37,38 +36,6 @@ export const metricKeys: KeyTests = {
     });
   },
 };
-
-/** Whatever an exporter sends by OTLP over HTTP, as it stands on the wire: names and ids are plain there. */
-async function startSink() {
-  let received = "";
-  const server = createServer((request, response) => {
-    request.setEncoding("latin1").on("data", (text: string) => (received += text));
-    request.on("end", () =>
-      response.writeHead(200, { "content-type": "application/json" }).end("{}"),
-    );
-  });
-  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
-  const { port } = server.address() as AddressInfo;
-  return {
-    url: `http://127.0.0.1:${port}`,
-    has: (text: string) => received.includes(text),
-    close: () => {
-      server.closeAllConnections();
-      server.close();
-    },
-  };
-}
-
-type Sink = Awaited<ReturnType<typeof startSink>>;
-
-async function withSink(work: (sink: Sink) => Promise<void>): Promise<void> {
-  const sink = await startSink();
-  try {
-    await work(sink);
-  } finally {
-    sink.close();
-  }
-}
 
 /** Sends requests until one is exported there: the exporter is loaded after the reload has been answered. */
 async function eventuallyTraced(rig: Rig, sink: Sink): Promise<void> {
