@@ -106,8 +106,9 @@ describe("a warm model", () => {
       await engine.listenAgain();
       assert(await until(async () => (await healthOf(gateway)) === "healthy"));
       await sleep(6 * INTERVAL_MS);
-      assert.deepEqual(engine.resident(), ["x:1"]);
-      assert.deepEqual(loadsOf(engine), ["w:1 loaded", "x:1 loaded"]);
+      const log = `${gateway.stdout()}\n${JSON.stringify(engine.loads)}`;
+      assert.deepEqual(engine.resident(), ["x:1"], log);
+      assert.deepEqual(loadsOf(engine), ["w:1 loaded", "x:1 loaded"], log);
     });
   });
 
