@@ -14,7 +14,7 @@ const MAX_TOKENS = 12;
 /** What Ollama writes of each load of a model. */
 const LOAD = /msg="starting llama-server"/g;
 /** Nobody waits longer, whatever is wrong. */
-const PATIENCE_MS = 300_000;
+const PATIENCE_MS = 900_000;
 
 export interface World {
   ollama: Service;
