@@ -81,6 +81,10 @@ function tableOf({ sides }: Round): string {
   ].join("\n");
 }
 
+function ceilingOf(outcome: Outcome): number {
+  return outcome.answers.reduce((sum, each) => sum + each.promptTokens, 0) / cachedIn(outcome);
+}
+
 /** Over all rounds, not the best of them. */
 function verdict(rounds: readonly Round[]): string {
   const factors = rounds.map(
@@ -88,7 +92,15 @@ function verdict(rounds: readonly Round[]): string {
   );
   const middle = quantile(factors, 0.5) ?? 0;
   const all = factors.map((factor) => factor.toFixed(2)).join(", ");
-  return `${middle >= TARGET ? "met" : "MISSED"}: cached tokens ≥ ${TARGET} × round robin (${all})`;
+  const word = middle >= TARGET ? "met" : "MISSED";
+  // Where the engines keep everything even a round robin finds much.
+  const most =
+    quantile(
+      rounds.map(({ sides }) => ceilingOf(sides["round robin"])),
+      0.5,
+    ) ?? 0;
+  const ceiling = most < TARGET ? `; all prompt tokens are ${most.toFixed(2)} ×` : "";
+  return `${word}: cached tokens ≥ ${TARGET} × round robin (${all}${ceiling})`;
 }
 
 if (missing("llama-server") !== false) process.exit(1);
