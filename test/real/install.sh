@@ -58,7 +58,7 @@ fi
 
 # Models with different names in their metadata are different models to Ollama; equal files are not.
 [[ -x venv/bin/gguf-new-metadata ]] || venv/bin/pip install --quiet gguf==0.19.0
-for name in smol-a smol-b; do
+for name in smol-a smol-b smol-c; do
   [[ -s models/$name.gguf ]] ||
     venv/bin/gguf-new-metadata --general-name "$name" "$SMOL" "models/$name.gguf" >>gguf.log 2>&1
 done
@@ -75,24 +75,40 @@ if [[ ! -d models/minilm ]]; then
   rm -rf models/minilm.part
 fi
 
-# Ollama's own store, made once: the tests only read it. One thread per model, or the threads of
-# several engines on few cores wait for each other.
-if [[ ! -e models/minilm-f16.gguf ]]; then
-  say "Ollama's store"
+# An Ollama on a store of its own, until the script ends or `kill "$server"`.
+serve_store() {
+  local port
   port="$(venv/bin/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
-  export OLLAMA_HOST="127.0.0.1:$port" OLLAMA_MODELS="$CACHE/ollama-models" OLLAMA_NO_CLOUD=1
+  export OLLAMA_HOST="127.0.0.1:$port" OLLAMA_MODELS="$1" OLLAMA_NO_CLOUD=1 OLLAMA_NOPRUNE=1
   bin/ollama serve >ollama-create.log 2>&1 &
   server=$!
   trap 'kill "$server"' EXIT
   for _ in $(seq 100); do
-    venv/bin/python -c "import urllib.request as u; u.urlopen('http://$OLLAMA_HOST/', timeout=1)" 2>/dev/null && break
+    venv/bin/python -c "import urllib.request as u; u.urlopen('http://$OLLAMA_HOST/', timeout=1)" 2>/dev/null && return
     sleep 0.1
   done
+}
+
+stop_store() {
+  kill "$server"
+  wait "$server" || true
+  trap - EXIT
+}
+
+create_model() {
+  printf 'FROM %s\nPARAMETER num_thread 1\n' "$2" >"models/$1.Modelfile"
+  bin/ollama create "$1" -f "models/$1.Modelfile" >>ollama-create.log 2>&1
+}
+
+# Ollama's own store, made once: the tests only read it. One thread per model, or the threads of
+# several engines on few cores wait for each other.
+if [[ ! -e models/minilm-f16.gguf ]]; then
+  say "Ollama's store"
+  serve_store "$CACHE/ollama-models"
   for name in smol-a smol-b minilm; do
     source="$CACHE/models/$name"
     [[ -d $source ]] || source="$source.gguf"
-    printf 'FROM %s\nPARAMETER num_thread 1\n' "$source" >"models/$name.Modelfile"
-    bin/ollama create "$name" -f "models/$name.Modelfile" >>ollama-create.log 2>&1
+    create_model "$name" "$source"
   done
   # The F16 file that Ollama made of MiniLM serves llama-server as well.
   blob="$(venv/bin/python - "$OLLAMA_MODELS" <<'PYTHON'
@@ -104,7 +120,20 @@ digest = next(l["digest"] for l in layers if l["mediaType"] == "application/vnd.
 print(f"{store}/blobs/{digest.replace(':', '-')}")
 PYTHON
 )"
+  stop_store
   ln -s "$blob" models/minilm-f16.gguf
+fi
+
+# A third model, for the turns of three. In a store of its own, whose other files are hard links: tests
+# of the first store know what is in there.
+if [[ ! -d ollama-three ]]; then
+  say "Ollama's store of three (2 s)"
+  rm -rf ollama-three.part
+  cp -al ollama-models ollama-three.part
+  serve_store "$CACHE/ollama-three.part"
+  create_model smol-c "$CACHE/models/smol-c.gguf"
+  stop_store
+  mv ollama-three.part ollama-three
 fi
 
 # vLLM for CPUs, only where it is asked for: 2.5 GB to load, 6.3 GB on the disk, half of it CUDA's

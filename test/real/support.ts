@@ -17,6 +17,7 @@ const CACHE = process.env.TIDEGATE_REAL_CACHE ?? join(homedir(), ".cache", "tide
 
 const NEEDS = {
   ollama: ["bin/ollama", "lib/ollama/llama-server", "ollama-models"],
+  "ollama of three": ["bin/ollama", "lib/ollama/llama-server", "ollama-three"],
   "llama-server": ["lib/ollama/llama-server", "models/smol-a.gguf", "models/minilm-f16.gguf"],
   jaeger: ["bin/all-in-one"],
 } as const;
@@ -141,7 +142,16 @@ async function isUp(url: string): Promise<boolean> {
 }
 
 /** Ollama with `smol-a`, `smol-b` and `minilm`, one request at a time, two models at once. */
-export async function startOllama(wantedPort?: number, modelsAtOnce = 2): Promise<Service> {
+export function startOllama(wantedPort?: number): Promise<Service> {
+  return ollama("ollama-models", 2, wantedPort);
+}
+
+/** Ollama with `smol-a`, `smol-b` and `smol-c`, one request and one model at a time. */
+export function startOllamaOfThree(): Promise<Service> {
+  return ollama("ollama-three", 1);
+}
+
+async function ollama(store: string, modelsAtOnce: number, wantedPort?: number): Promise<Service> {
   const [free = 0] = await freePorts(1);
   const port = wantedPort ?? free;
   return start(
@@ -149,7 +159,7 @@ export async function startOllama(wantedPort?: number, modelsAtOnce = 2): Promis
     ["serve"],
     {
       OLLAMA_HOST: `127.0.0.1:${port}`,
-      OLLAMA_MODELS: join(CACHE, "ollama-models"),
+      OLLAMA_MODELS: join(CACHE, store),
       OLLAMA_NOPRUNE: "1",
       OLLAMA_NO_CLOUD: "1",
       OLLAMA_MAX_LOADED_MODELS: String(modelsAtOnce),

@@ -1,0 +1,19 @@
+/**
+ * Two real llama-servers: conversations go where they are cached. `TIDEGATE_ALONE=1` runs it;
+ * `bun run prefix` has the times.
+ */
+import assert from "node:assert/strict";
+import process from "node:process";
+import test from "node:test";
+import { cachedIn, converse } from "./conversations.ts";
+import { missing } from "./support.ts";
+
+const skip =
+  process.env.TIDEGATE_ALONE === "1" ? missing("llama-server") : "needs TIDEGATE_ALONE=1";
+
+test("real llama-servers, conversations", { skip, timeout: 900_000 }, async () => {
+  const byTurns = cachedIn(await converse("round robin", 1, 0));
+  const ours = cachedIn(await converse("gateway", 1, 0));
+  console.log(`cached tokens: ${byTurns} by turns, ${ours} through the gateway`);
+  assert.ok(ours >= 2 * byTurns, `${ours} instead of twice ${byTurns}`);
+});
