@@ -1,5 +1,6 @@
 /** The turn queue: which model is in memory when not all of them fit, and for how long. */
 import assert from "node:assert/strict";
+import process from "node:process";
 import { describe, it } from "node:test";
 import fc from "fast-check";
 import { turnLength } from "../../src/core/turns.ts";
@@ -192,6 +193,9 @@ function build(plan: typeof workload extends fc.Arbitrary<infer T> ? T : never):
   return world;
 }
 
+/** `RUNS=10000 bun test --timeout=3600000 test/core/turns.test.ts` runs more. */
+const RUNS = process.env.RUNS === undefined ? null : Number(process.env.RUNS);
+
 describe("any workload", () => {
   it("is served to the last request, one load at a time, each turn its gate, and comes to rest", () => {
     fc.assert(
@@ -205,7 +209,7 @@ describe("any workload", () => {
         assert.equal(world.state.backend.used, 0);
         assert.equal(world.state.turns.change, null);
       }),
-      { numRuns: 1000 },
+      { numRuns: RUNS ?? 1000 },
     );
   });
 
@@ -225,7 +229,7 @@ describe("any workload", () => {
           assert(wait <= bound, `waited ${wait} of at most ${bound}`);
         }
       }),
-      { numRuns: 500 },
+      { numRuns: RUNS ?? 500 },
     );
   });
 
@@ -254,7 +258,7 @@ describe("any workload", () => {
           }
         }
       }),
-      { numRuns: 200 },
+      { numRuns: RUNS ?? 200 },
     );
   });
 });
