@@ -80,7 +80,8 @@ describe("truncated streams", () => {
         fleet.engines.a.behave({ tokenDelayMs: 5, fault: { kind: "cut", afterTokens: 3, by } });
         const answer = await ask(path);
         checkBroken(path, answer, /^upstream_incomplete$/);
-        assert.match(answer.text, /word1/, "what came before is not lost");
+        // A reset takes along what has not been read yet, on a busy machine all of it.
+        if (by !== "reset") assert.match(answer.text, /word1/, "what came before is not lost");
         await checkRecord(answer, "failed", "upstream_incomplete");
       });
     }
