@@ -176,10 +176,12 @@ export const ollama: Engine = {
   async look(connection, signal) {
     const [{ loading, items }, ps] = await Promise.all([
       list(connection, "/api/tags", "models", signal),
-      askAside(connection, "/api/ps", signal),
+      // Without an answer nobody knows what is loaded: then the probe has failed, rather than that what
+      // fits together would be learned from a guess. Old versions do not have it.
+      ask(connection, "/api/ps", signal),
     ]);
     await showMissing(connection, items, signal);
-    const loaded = ps?.["models"];
+    const loaded = ps.status === 200 && isRecord(ps.body) ? ps.body["models"] : null;
     const running = Array.isArray(loaded) ? loaded.filter(isRecord) : null;
     return { loading, models: items.flatMap((item) => listed(item, running)) };
   },

@@ -20,7 +20,6 @@ import {
   sleep,
   until,
 } from "../support/client.ts";
-import { effort } from "../support/effort.ts";
 import type { FakeEngine } from "../support/engine.ts";
 import type { Fleet } from "../support/fleet.ts";
 import { startFleet } from "../support/fleet.ts";
@@ -31,7 +30,7 @@ import { ENGINES, planOf } from "./chaos-plan.ts";
 
 /** So many that everything happens. */
 const MANY_RUNS = 300;
-const RUNS = Number(process.env.RUNS ?? effort(MANY_RUNS));
+const RUNS = Number(process.env.RUNS ?? MANY_RUNS);
 /** Most of a run is waiting. */
 const GATEWAYS = Math.min(6, RUNS);
 /** Its log is read again after each. */

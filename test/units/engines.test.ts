@@ -782,12 +782,22 @@ describe("ollama", () => {
   });
 
   it("is seen without /api/ps, too: nothing is known of memory then", async () => {
-    for (const reply of [{ status: 500, body: "" }, { body: "reset" }, { body: { error: "x" } }]) {
+    for (const reply of [
+      { status: 404, body: "" },
+      { status: 500, body: "" },
+      { body: { error: "x" } },
+    ]) {
       tags(tag("m:latest"));
       engine.replies["GET /api/ps"] = reply;
       const [seen] = await models("ollama");
       assert.deepEqual([seen?.residency, seen?.vramBytes], ["loaded", null]);
     }
+  });
+
+  it("is not seen where /api/ps says nothing at all: what fits is not learned from a guess", async () => {
+    tags(tag("m:latest"));
+    engine.replies["GET /api/ps"] = { body: "reset" };
+    await assert.rejects(models("ollama"));
   });
 
   it("names what is answered elsewhere", async () => {
