@@ -11,7 +11,7 @@ import { quantile } from "../test/real/turn-runs.ts";
 const { values: flags } = parseArgs({
   options: {
     seed: { type: "string", default: "1" },
-    rounds: { type: "string", default: "1" },
+    rounds: { type: "string", default: "3" },
     json: { type: "boolean", default: false },
   },
 });

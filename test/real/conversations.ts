@@ -14,7 +14,7 @@ const AT_ONCE = 4;
 const SYSTEM_WORDS = 60;
 const USER_WORDS = 45;
 const ANSWER_TOKENS = 12;
-const PATIENCE_MS = 600_000;
+const PATIENCE_MS = 240_000;
 
 const WORDS =
   "river engine morning paper window letter garden number winter market doctor silver question music village bridge coffee animal history pocket answer mountain kitchen reason island teacher evening machine promise shadow".split(
@@ -47,14 +47,32 @@ function textOf(random: Random, words: number): string {
   return Array.from({ length: words }, () => random.pick(WORDS)).join(" ");
 }
 
-/** What the users say, by conversation: half of them share one system prompt, half another. */
-function scripts(seed: number): { system: string; says: string[] }[] {
+interface Script {
+  system: string;
+  says: string[];
+  /** Where a round robin sends each turn. */
+  servers: number[];
+}
+
+/** What the users say, by conversation: some share one system prompt, the others another. */
+function scripts(seed: number): Script[] {
   const random = randomOf(seed);
   const systems = [textOf(random, SYSTEM_WORDS), textOf(random, SYSTEM_WORDS)];
-  return Array.from({ length: CONVERSATIONS }, () => ({
-    system: random.pick(systems),
-    says: Array.from({ length: TURNS }, () => textOf(random, USER_WORDS)),
-  }));
+  const all = Array.from({ length: CONVERSATIONS }, (): Script => {
+    const says = Array.from({ length: TURNS }, () => textOf(random, USER_WORDS));
+    return { system: random.pick(systems), says, servers: [] };
+  });
+  // By turns in a seeded order of arrival. In that of the clock four clients often keep in step, and
+  // then two servers by turns are always the same ones.
+  const left = [...all];
+  const active = left.splice(0, AT_ONCE);
+  for (let sent = 0; active.length > 0; sent++) {
+    const script = random.pick(active);
+    script.servers.push(sent % 2);
+    if (script.servers.length < TURNS) continue;
+    active.splice(active.indexOf(script), 1, ...left.splice(0, 1));
+  }
+  return all;
 }
 
 /**
@@ -68,8 +86,7 @@ export async function converse(side: Side, seed: number, cacheMib: number): Prom
   try {
     for (let each = 0; each < 2; each++) servers.push(await startLlamaServer("smol-a", ...options));
     if (side === "gateway") return await throughGateway(servers, seed);
-    let sent = 0;
-    return await play(servers, seed, () => (servers[sent++ % 2] as Service).url);
+    return await play(servers, seed, (server) => (servers[server] as Service).url);
   } finally {
     for (const server of servers) await server.stop();
   }
@@ -88,7 +105,7 @@ async function throughGateway(servers: readonly Service[], seed: number): Promis
 async function play(
   servers: readonly Service[],
   seed: number,
-  urlOfNext: () => string,
+  urlFor: (server: number) => string,
 ): Promise<Outcome> {
   const startedAt = performance.now();
   const left = scripts(seed);
@@ -96,9 +113,9 @@ async function play(
   const client = async (): Promise<void> => {
     for (let script = left.shift(); script !== undefined; script = left.shift()) {
       const messages: Message[] = [{ role: "system", content: script.system }];
-      for (const content of script.says) {
+      for (const [turn, content] of script.says.entries()) {
         messages.push({ role: "user", content });
-        const { answered, text } = await ask(urlOfNext(), messages);
+        const { answered, text } = await ask(urlFor(script.servers[turn] ?? 0), messages);
         answers.push(answered);
         messages.push({ role: "assistant", content: text });
       }
