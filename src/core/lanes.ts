@@ -19,7 +19,7 @@ export interface Ticket extends Claim {
   /** Backends whose context is likely too small: only where there is no other. */
   readonly cramped?: ReadonlySet<string>;
   /** What there is to compute before the first token; absent where nobody knows. */
-  readonly prompt?: Prompt;
+  readonly prompt?: Prompt | undefined;
 }
 
 export interface Prompt {

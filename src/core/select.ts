@@ -58,10 +58,13 @@ export function asGoodAs(firstTokenMs: number): number {
  * @returns null when no target may be used now.
  */
 export function select(candidates: readonly Candidate[], credit: Credit): Selection | null {
+  const [only] = candidates;
+  // Most have one place to go.
+  if (only !== undefined && candidates.length === 1 && isUsable(only, "healthy")) {
+    return { target: only.target, reason: "only" };
+  }
   for (const health of TIERS) {
-    const tier = candidates.filter(
-      (candidate) => candidate.health === health && !candidate.barred && !candidate.open,
-    );
+    const tier = candidates.filter((candidate) => isUsable(candidate, health));
     const roomy = tier.filter((candidate) => candidate.roomy);
     if (tier.length > 0) return soonest(roomy.length > 0 ? roomy : tier, credit);
   }
@@ -73,6 +76,10 @@ export function select(candidates: readonly Candidate[], credit: Credit): Select
     .toSorted((a, b) => (a.failedAt ?? 0) - (b.failedAt ?? 0));
   if (trial === undefined) return null;
   return { target: trial.target, reason: "trial" };
+}
+
+function isUsable(candidate: Candidate, health: Health): boolean {
+  return candidate.health === health && !candidate.barred && !candidate.open;
 }
 
 function soonest(tier: Candidate[], credit: Credit): Selection {

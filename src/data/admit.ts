@@ -216,7 +216,7 @@ function ticketFor(
     deadlineAt: deadlineOf(exchange),
     barred: barredFor(exchange, plane, model, tried),
     cramped: crampedFor(exchange, model),
-    ...(exchange.prompt === null ? {} : { prompt: exchange.prompt }),
+    prompt: exchange.prompt ?? undefined,
   };
 }
 
@@ -242,6 +242,7 @@ function crampedFor(
   { promptTokens, view, outputCap }: Exchange,
   model: Model,
 ): ReadonlySet<string> {
+  if (model.targets.length === 1) return NOWHERE;
   const asked = Math.max(0, view?.sampling.maxTokens ?? 0);
   const output = Math.min(asked, outputCap ?? Infinity);
   const { preferred } = contextFor(model.targets, promptTokens, output);

@@ -16,6 +16,7 @@ const OPERATIONS = new Set(["chat", "text_completion"]);
 export function refuseTooLong(exchange: Exchange, model: Model, plane: Plane): void {
   const { endpoint, fields, promptSize } = exchange;
   if (!OPERATIONS.has(endpoint.operation) || fields === null) return;
+  if (model.targets.some(({ contextLength }) => contextLength === null)) return;
   // Several prompts, each of which may fit; or the client has it cut to fit.
   if (Array.isArray(fields["prompt"]) || isCut(fields)) return;
   const tokensOf = (bytes: number) => {

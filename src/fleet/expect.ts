@@ -26,8 +26,9 @@ export interface Guesses {
 const FIRST_GUESSES: Guesses = { queue: FIRST_GUESS, pace: FIRST_PACE };
 
 /** The same as of the backends where it has been: of each quantity the median over those with this model. */
-export function guessesFrom(all: readonly Live[], model: string): Guesses {
-  const lives = all.filter(({ scheduler }) => scheduler.lanes.has(model));
+export function guessesFrom(all: Iterable<Live>, model: string): Guesses {
+  const lives: Live[] = [];
+  for (const live of all) if (live.scheduler.lanes.has(model)) lives.push(live);
   // Nobody compares one with itself.
   if (lives.length < 2) return FIRST_GUESSES;
   const lanes = lives.map(({ scheduler }) => scheduler.lanes.get(model));

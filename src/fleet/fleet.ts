@@ -191,7 +191,7 @@ export class Fleet {
   }
 
   #guesses(model: string): Guesses {
-    return guessesFrom([...this.#lives.values()], model);
+    return guessesFrom(this.#lives.values(), model);
   }
 
   /** How long an answer takes to begin once it is sent, milliseconds, by what has been measured alone. */
