@@ -318,7 +318,8 @@ export function reportResidency(
       stay.unwanted = false;
     } else if (stay.residency !== "loaded") {
       Object.assign(stay, { residency: "loaded", since: now, gate: line.waiting });
-      Object.assign(stay, { failures: 0, asked: null });
+      // Whoever loaded it: it can be loaded, and whoever waits when it goes is not to wait for a cool-down.
+      Object.assign(stay, { failures: 0, asked: null, retryAt: -Infinity });
     }
   }
   seenTogether(turns.fit, residents(turns));

@@ -213,6 +213,20 @@ describe("any workload", () => {
     );
   });
 
+  it("is served to the last also where others load what we could not", () => {
+    const arrivals = [
+      { at: 0, model: 0, leaves: null },
+      { at: 10_010, model: 0, leaves: null },
+      { at: 10_022, model: 1, leaves: null },
+      { at: 10_022, model: 0, leaves: null },
+    ];
+    const times = { serviceMs: 10, loadMs: 10, turnMs: 0 };
+    const foreign = [{ at: 10_021, model: 0 }];
+    const world = build({ models: 2, fits: 1, slots: 1, ...times, arrivals, foreign, broken: 0 });
+    world.run();
+    for (const { ending } of world.jobs.values()) assert.notEqual(ending, null);
+  });
+
   it("waits no longer than the other models' turns, drains and loads (algorithms.md §2.4)", () => {
     fc.assert(
       fc.property(workload, (plan) => {
