@@ -2,6 +2,7 @@
 // The shares and their reasons are in bench/README.md.
 import type { ChatRequest, EmbeddingRequest } from "./day-engine.ts";
 import { CONTEXT_TOKENS } from "./day-engine.ts";
+import { createRandom } from "../test/support/random.ts";
 
 export type Wish =
   | { kind: "chat"; body: ChatRequest; leavesAfter: number | null }
@@ -25,19 +26,8 @@ const ONCE_PER_HOUR = 10;
 /** One in eighty of the chats. */
 const ENDLESS_EVERY_HOURS = 4;
 
-/** mulberry32 */
-function generator(seed: number): () => number {
-  let state = seed >>> 0;
-  return () => {
-    state = (state + 0x6d2b79f5) >>> 0;
-    let mixed = Math.imul(state ^ (state >>> 15), state | 1);
-    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
-    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32;
-  };
-}
-
 export function aDay(seed: number): Hour[] {
-  const random = generator(seed);
+  const random = createRandom(seed);
   const between = (least: number, most: number): number =>
     least + Math.floor(random() * (most - least + 1));
   let serial = 0;

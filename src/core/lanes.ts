@@ -73,8 +73,7 @@ export interface SchedulerState {
   prefix: string;
 }
 
-/** @param turns shared with other backends; then `prefix` tells them apart. */
-export function createScheduler(turns = createTurns(), prefix = ""): SchedulerState {
+export function createScheduler(): SchedulerState {
   return {
     available: true,
     backend: { limit: Infinity, used: 0 },
@@ -82,8 +81,8 @@ export function createScheduler(turns = createTurns(), prefix = ""): SchedulerSt
     waiting: 0,
     passed: 0,
     heldUntil: null,
-    turns,
-    prefix,
+    turns: createTurns(),
+    prefix: "",
   };
 }
 

@@ -1,6 +1,6 @@
 import { resolve, type Model } from "../core/snapshot.ts";
 import { GatewayError, quote, type ErrorCode } from "../errors.ts";
-import { isAble } from "./admit.ts";
+import { isAble } from "./resolve.ts";
 import type { Exchange } from "./exchange.ts";
 import type { Plane } from "./plane.ts";
 import { NO_CHAIN } from "./prompt.ts";

@@ -2,7 +2,7 @@ import type { Endpoint } from "../dialects/dialect.ts";
 import { asGatewayError, GatewayError } from "../errors.ts";
 import type { Answer } from "../stores/answers.ts";
 import { accept } from "./accept.ts";
-import { resolveModel } from "./admit.ts";
+import { resolveModel } from "./resolve.ts";
 import { fly, keepStream, look, type Lookup } from "./cache.ts";
 import { refuseTooLong } from "./context.ts";
 import { Exchange } from "./exchange.ts";

@@ -110,7 +110,9 @@ export function isBetterOff(
   let able: Live[] = [];
   for (const other of lives) {
     const tier = TIERS.indexOf(other.health);
-    if (tier === -1 || tier > best || !isOpenTo(other, ticket, settings, now)) continue;
+    if (tier === -1 || tier > best || !couldServe(other, ticket, settings, now)) continue;
+    // To a trial nobody is sent who has a place.
+    if (other.guard.admits(ticket.model, settings, now) !== "any") continue;
     if (tier < best) able = [];
     best = tier;
     able.push(other);
@@ -122,22 +124,6 @@ export function isBetterOff(
   return able.some((other, at) => {
     return other !== live && (times[at] ?? 0) <= latest && hasRoom(other.scheduler, ticket.model);
   });
-}
-
-/** Could it be served there, sooner or later? */
-function isOpenTo(
-  { id, scheduler, guard }: Live,
-  { model, barred }: Ticket,
-  settings: BreakerSettings,
-  now: number,
-): boolean {
-  return (
-    scheduler.available &&
-    scheduler.lanes.has(model) &&
-    !barred.has(id) &&
-    guard.admits(model, settings, now) === "any" &&
-    coolsUntil(scheduler, model, now) === null
-  );
 }
 
 /** Might one of these backends serve such a request, as far as is known? @param except not this one. */

@@ -4,8 +4,9 @@ export interface Answered {
   at: number;
   /** From sent to the first token; null for answers in one piece. */
   ttftMs: number | null;
-  /** Of its prompt, those that the engine says it had computed before; null where it does not say. */
+  /** Of its prompt, counted by the engine or estimated. */
   promptTokens: number;
+  /** Of these the ones that the engine says it had computed before; null where it does not say. */
   cachedTokens: number | null;
   /** Of this answer alone, from its first token to its last; null where that cannot be told. */
   tokensPerSecond: number | null;

@@ -1,8 +1,6 @@
 /** Keys, tokens and what tenants may see (contract §1 auth and tenants, §4), with every attack on them. */
 import assert from "node:assert/strict";
 import { mkdtemp, rm, writeFile } from "node:fs/promises";
-import { createServer } from "node:http";
-import type { AddressInfo } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, afterEach, before, describe, it } from "node:test";
@@ -20,6 +18,7 @@ import {
   type KeyPair,
   type KeyServer,
 } from "../support/issuer.ts";
+import { startSink, type Sink } from "../support/sink.ts";
 
 const TIMEOUT = { timeout: 60_000 };
 const ADMIN_KEY = "the-operators-own-key";
@@ -167,31 +166,10 @@ describe("what a tenant may see", () => {
   });
 });
 
-/** Collects what an exporter sends. */
-async function startSink() {
-  let received = "";
-  const server = createServer((request, response) => {
-    request.setEncoding("latin1").on("data", (text: string) => (received += text));
-    request.on("end", () =>
-      response.writeHead(200, { "content-type": "application/json" }).end("{}"),
-    );
-  });
-  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
-  const { port } = server.address() as AddressInfo;
-  return {
-    url: `http://127.0.0.1:${port}`,
-    received: () => received,
-    close() {
-      server.closeAllConnections();
-      server.close();
-    },
-  };
-}
-
 describe("tokens", () => {
   const A_KEY = "tg_a-key-of-somebody-in-the-team";
   let folder = "";
-  let sink: Awaited<ReturnType<typeof startSink>>;
+  let sink: Sink;
   let fetched: KeyPair;
   let filed: KeyPair;
   let stranger: KeyPair;
@@ -381,13 +359,10 @@ describe("tokens", () => {
       const record = await fleet.gateway.record(answer.headers.get("x-request-id") ?? "");
       const traced = String(record["trace_id"]);
       const endsAt = performance.now() + 5000;
-      while (
-        !sink.received().includes(String(record["request_id"])) &&
-        performance.now() < endsAt
-      ) {
+      while (!sink.has(String(record["request_id"])) && performance.now() < endsAt) {
         await new Promise((resolve) => setTimeout(resolve, 20));
       }
-      assert(sink.received().includes(String(record["request_id"])), `traced: ${traced}`);
+      assert(sink.has(String(record["request_id"])), `traced: ${traced}`);
       const seen = await Promise.all(
         ["config", "snapshot", "backends"].map((path) =>
           send(`${fleet.url}/admin/api/${path}`, undefined, by(ADMIN_KEY)),

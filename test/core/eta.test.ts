@@ -15,14 +15,8 @@ import { seenApart } from "../../src/core/fit.ts";
 import { step, type LanePlan } from "../../src/core/scheduler.ts";
 import { createTurns } from "../../src/core/turns.ts";
 import { TurnWorld, type Setting } from "./turn-world.ts";
+import { ALIKE } from "../support/ticket.ts";
 
-const ALIKE = {
-  flow: "default",
-  priority: "default",
-  weight: 1,
-  tokens: 10,
-  barred: new Set<string>(),
-} as const;
 const SERVICE = 1000;
 
 let tickets = 0;
@@ -292,7 +286,8 @@ describe("startIn: backends on one GPU", () => {
   it("waits for the turn of a model of the other backend", () => {
     const turns = createTurns();
     const [one, other] = ["one ", "other "].map((prefix) => {
-      const state = createScheduler(turns, prefix);
+      const state = createScheduler();
+      step(state, { type: "share", turns, prefix }, 0);
       const places = { limit: 100, used: 0 };
       const lanes = [{ model: "m", slots: 1, shared: [], places, loaded: prefix === "one " }];
       step(state, { type: "configure", available: true, concurrency: Infinity, lanes }, 0);

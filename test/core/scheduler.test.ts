@@ -16,15 +16,7 @@ import {
   type SchedulerEffect,
   type SchedulerEvent,
 } from "../../src/core/scheduler.ts";
-
-/** One flow, one class: here only the age decides. `fairness.test.ts` has the others. */
-const ALIKE = {
-  flow: "default",
-  priority: "default",
-  weight: 1,
-  tokens: 10,
-  barred: new Set<string>(),
-} as const;
+import { ALIKE } from "../support/ticket.ts";
 
 let tickets = 0;
 

@@ -11,7 +11,7 @@ import { promptOf } from "./prompt-text.ts";
 import { step, type SchedulerEffect, type SchedulerEvent } from "../../src/core/scheduler.ts";
 import { select, type Candidate, type Credit } from "../../src/core/select.ts";
 import type { Clock } from "./clock.ts";
-import { createRandom } from "./random.ts";
+import { createRandom } from "../support/random.ts";
 import {
   sizeOf,
   type Answer,

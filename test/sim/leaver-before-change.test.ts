@@ -4,7 +4,7 @@ import { describe, it } from "node:test";
 import { createClock } from "./clock.ts";
 import { createOllama } from "./engine-ollama.ts";
 import { createGateway, DEFAULTS } from "./gateway.ts";
-import { createRandom } from "./random.ts";
+import { createRandom } from "../support/random.ts";
 import { SMALL, small } from "./scenarios.ts";
 import type { Request } from "./service.ts";
 import { regularly, requestOf } from "./workload.ts";

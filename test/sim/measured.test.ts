@@ -5,7 +5,7 @@ import { createClock } from "./clock.ts";
 import { play } from "./compare.ts";
 import { createOllama, type OllamaSetting } from "./engine-ollama.ts";
 import { direct, ordered, type Policy } from "./machine.ts";
-import { createRandom } from "./random.ts";
+import { createRandom } from "../support/random.ts";
 import { LARGE, large, SCENARIOS, SMALL, small, type Scenario } from "./scenarios.ts";
 import type { Request } from "./service.ts";
 import { inOrderOfArrival } from "./swap-front.ts";

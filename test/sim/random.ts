@@ -1,16 +1,7 @@
+import { createRandom } from "../support/random.ts";
+
 /** From 0 up to 1; the same seed gives the same sequence everywhere. */
 export type Random = () => number;
-
-/** mulberry32: 32 bits of state are plenty for a workload, and it is the same on every runtime. */
-export function createRandom(seed: number): Random {
-  let state = seed >>> 0;
-  return () => {
-    state = (state + 0x6d2b79f5) >>> 0;
-    let mixed = Math.imul(state ^ (state >>> 15), state | 1);
-    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
-    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32;
-  };
-}
 
 /** A sequence of its own for each part of a workload: what one does never changes another's. */
 export function fork(random: Random): Random {

@@ -4,7 +4,7 @@ import { describe, it } from "node:test";
 import { createClock } from "./clock.ts";
 import { createBatch } from "./engine-batch.ts";
 import { createGateway, DEFAULTS, type GatewaySetting } from "./gateway.ts";
-import { createRandom } from "./random.ts";
+import { createRandom } from "../support/random.ts";
 import { burst, obedient, requestOf, type Kind } from "./workload.ts";
 import { runWorld, type Trace } from "./world.ts";
 

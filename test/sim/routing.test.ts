@@ -6,7 +6,7 @@ import { createClock } from "./clock.ts";
 import { play } from "./compare.ts";
 import { createGateway, DEFAULTS } from "./gateway.ts";
 import { policiesFor } from "./machine.ts";
-import { createRandom } from "./random.ts";
+import { createRandom } from "../support/random.ts";
 import { SCENARIOS, type Scenario } from "./scenarios.ts";
 import { requestOf } from "./workload.ts";
 import { runWorld } from "./world.ts";

@@ -1,6 +1,7 @@
 import type { Speed } from "./engine-batch.ts";
 import type { Box, Machine, Server } from "./machine.ts";
-import { createRandom, type Random } from "./random.ts";
+import { createRandom } from "../support/random.ts";
+import type { Random } from "./random.ts";
 import {
   burst,
   impatient,

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { describe, it } from "node:test";
 import { play } from "./compare.ts";
 import { ordered, ours, type Policy } from "./machine.ts";
-import { createRandom } from "./random.ts";
+import { createRandom } from "../support/random.ts";
 import { LARGE, large, type Scenario } from "./scenarios.ts";
 import { grouped, inOrderOfArrival, type SwapOrder } from "./swap-front.ts";
 import { poisson } from "./workload.ts";

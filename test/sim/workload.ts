@@ -1,5 +1,6 @@
 import type { Priority } from "../../src/core/fairness.ts";
-import { createRandom, exponential, fork, lognormal, pick, type Random } from "./random.ts";
+import { createRandom } from "../support/random.ts";
+import { exponential, fork, lognormal, pick, type Random } from "./random.ts";
 import type { Request, Segment } from "./service.ts";
 import type { Client, Wish } from "./world.ts";
 

@@ -2,6 +2,7 @@
 import net from "node:net";
 import process from "node:process";
 import { decodeChunked } from "./engine-socket.ts";
+import { createRandom } from "./random.ts";
 
 /** What surely happens may take this long on a machine that is busy; who waits for it goes on at once. */
 export const PATIENCE_MS = 15_000;
@@ -39,15 +40,9 @@ export function seeded(name: string): Random {
   return randomOf(seed);
 }
 
-/** mulberry32: the same numbers for the same seed. */
+/** The same numbers for the same seed. */
 export function randomOf(seed: number): Random {
-  let state = seed >>> 0;
-  const next = (): number => {
-    state = (state + 0x6d2b79f5) >>> 0;
-    let mixed = Math.imul(state ^ (state >>> 15), state | 1);
-    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
-    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32;
-  };
+  const next = createRandom(seed);
   const between = (least: number, most: number): number =>
     least + Math.floor(next() * (most - least + 1));
   return {

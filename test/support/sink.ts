@@ -3,7 +3,7 @@ import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
 
 /** Whatever an exporter sends by OTLP over HTTP, as it stands on the wire: names and ids are plain there. */
-async function startSink() {
+export async function startSink() {
   let received = "";
   const server = createServer((request, response) => {
     request.setEncoding("latin1").on("data", (text: string) => (received += text));
@@ -16,6 +16,7 @@ async function startSink() {
   return {
     url: `http://127.0.0.1:${port}`,
     has: (text: string) => received.includes(text),
+    received: () => received,
     close: () => {
       server.closeAllConnections();
       server.close();

@@ -11,19 +11,11 @@ import type { Backend, Health, Snapshot } from "../../src/core/snapshot.ts";
 import { Fleet } from "../../src/fleet/fleet.ts";
 import type { Admission, Permit, Place } from "../../src/fleet/permit.ts";
 import { aBackend, aModel, aSnapshot, aTarget } from "../support/snapshot.ts";
+import { ALIKE } from "../support/ticket.ts";
 
 /** Of the backend as a whole. */
 const FAILURE = judge("unreachable");
 const BREAKER: BreakerSettings = { failureThreshold: 3, resetTimeoutMs: 1000, halfOpenRequests: 1 };
-
-/** What is the same in all tickets: one tenant, and requests alike. */
-const TICKET = {
-  flow: "default",
-  priority: "default",
-  weight: 1,
-  tokens: 10,
-  barred: new Set<string>(),
-} as const;
 
 type BackendPlan = Partial<Omit<Backend, "id" | "kind">> & { kind?: Kind };
 /** Backends by id, and per model its slots by backend. */
@@ -85,7 +77,7 @@ class World {
     const arrivedAt = this.now;
     const deadlineAt = this.now + patience;
     const id = `t${this.#tickets}`;
-    const asking = new Asking(this, { ...TICKET, id, model, arrivedAt, deadlineAt, ...more });
+    const asking = new Asking(this, { ...ALIKE, id, model, arrivedAt, deadlineAt, ...more });
     asking.enqueue(backend);
     return asking;
   }
@@ -102,7 +94,7 @@ class World {
     const found = this.snapshot.models.find(({ name }) => name === model);
     if (found === undefined) return [];
     const { now: arrivedAt } = this;
-    const ticket = { ...TICKET, id: "one", model, arrivedAt, deadlineAt: Infinity, ...more };
+    const ticket = { ...ALIKE, id: "one", model, arrivedAt, deadlineAt: Infinity, ...more };
     return this.fleet.candidates(this.snapshot, found, ticket);
   }
 
@@ -736,7 +728,7 @@ describe("another configuration", () => {
     const permits: Permit[] = [];
     const ask = () =>
       fleet.enqueue(
-        { ...TICKET, id: "t", model: "m", arrivedAt: 0, deadlineAt: 9 },
+        { ...ALIKE, id: "t", model: "m", arrivedAt: 0, deadlineAt: 9 },
         aTarget("a", "m"),
         (admission) => {
           if (admission.type === "granted") permits.push(admission.permit);
