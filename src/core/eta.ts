@@ -43,6 +43,8 @@ const LEAST_LEFT = 0.25;
 const LEAST_LOAD_LEFT = 0.1;
 /** In one queue. */
 const MOST_PROMISES = 512;
+const JITTER = 0.1;
+const MOST_JITTER_MS = 2000;
 
 /**
  * When a request would start here if nobody else came: what is left of the turn of the models that have
@@ -81,6 +83,16 @@ export function promise(state: SchedulerState, ticket: Ticket, now: number): num
   // A flood of requests that do not heed what they are told puts off the others no further than this.
   if (promises.length < MOST_PROMISES) promises.push(now + waitMs);
   return waitMs;
+}
+
+/**
+ * What somebody who is refused is told: a little later, so that those who are refused at once do not come
+ * back at once. Promises have their own time each already, and of long ones a share would leave slots idle.
+ *
+ * @param random from 0 up to 1.
+ */
+export function jittered(retryAfterMs: number, random: number): number {
+  return retryAfterMs + random * Math.min(JITTER * retryAfterMs, MOST_JITTER_MS);
 }
 
 /** When a request starts that so many others start before. */

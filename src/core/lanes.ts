@@ -50,8 +50,10 @@ export interface Lane {
   running: Map<Ticket, Running>;
   /** When those who were refused have been told to come back: until then they count as waiting. */
   promises: number[];
-  /** Moving average of how long a request holds its slot, null until one has ended. */
+  /** Mean of how long a request holds its slot, null until one has ended. */
   serviceMs: number | null;
+  /** Of so many requests. */
+  services: number;
   /** Whether its model is loaded, and how long it stays. */
   stay: Stay;
 }

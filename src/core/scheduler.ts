@@ -107,7 +107,8 @@ export type SchedulerEffect =
 
 export type RefusalCause = "full" | "late" | "load_failed";
 
-const SERVICE_WEIGHT = 0.2;
+/** How long answers take is the mean of the first twenty, then a moving average of about as many. */
+const SERVICE_WEIGHT = 0.05;
 
 /**
  * Decides what one event means for the requests of one backend: a bounded queue per model, in fair
@@ -297,10 +298,10 @@ function complete(
   lane.running.delete(ticket);
   end(lane.line, ticket, (tokens ?? charged) - charged);
   if (serviceMs === null) return;
-  lane.serviceMs =
-    lane.serviceMs === null
-      ? serviceMs
-      : lane.serviceMs + SERVICE_WEIGHT * (serviceMs - lane.serviceMs);
+  lane.services++;
+  const before = lane.serviceMs ?? 0;
+  const weight = Math.max(1 / lane.services, SERVICE_WEIGHT);
+  lane.serviceMs = before + weight * (serviceMs - before);
 }
 
 /** Ends turns that are over, grants to whoever is next, and begins the load that is due. */
@@ -383,7 +384,7 @@ function configure(
       const fresh = { limit: slots, used: 0 };
       const line = createLine<Ticket>();
       const stay = createStay(loaded);
-      const empty = { line, running: new Map(), promises: [], serviceMs: null };
+      const empty = { line, running: new Map(), promises: [], serviceMs: null, services: 0 };
       const lane = { slots: fresh, shared, places, stay, ...empty };
       state.lanes.set(model, lane);
       state.turns.lanes.set(state.prefix + model, lane);

@@ -1,5 +1,5 @@
 import type { BreakerSettings, BreakerState } from "../core/breaker.ts";
-import { startIn } from "../core/eta.ts";
+import { jittered, startIn } from "../core/eta.ts";
 import { nextOf, positionOf, waitsFor, type Cap, type Ticket } from "../core/lanes.ts";
 import { judge } from "../core/outcome.ts";
 import { NO_PACE } from "../core/pace.ts";
@@ -44,9 +44,6 @@ import {
   type Usage,
 } from "./live.ts";
 import type { Admission, Permit, Place } from "./permit.ts";
-
-/** Promises are spread: whoever is refused at once with others does not come back with all of them. */
-const JITTER = 0.1;
 
 /** What one model uses over all backends. */
 interface Share {
@@ -395,7 +392,7 @@ export class Fleet {
           if (cause === "load_failed" && this.isServed(effect.ticket, live)) {
             asking?.decide({ type: "reselect" });
           } else {
-            const retryAfterMs = effect.retryAfterMs * (1 + JITTER * this.#options.random());
+            const retryAfterMs = jittered(effect.retryAfterMs, this.#options.random());
             asking?.decide({ type: "refused", cause, retryAfterMs });
           }
           break;

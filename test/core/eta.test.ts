@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { describe, it } from "node:test";
 import fc from "fast-check";
-import { FIRST_GUESS, NO_GUESS, promise, startIn } from "../../src/core/eta.ts";
+import { jittered, FIRST_GUESS, NO_GUESS, promise, startIn } from "../../src/core/eta.ts";
 import { CLASSES } from "../../src/core/fairness.ts";
 import {
   createScheduler,
@@ -486,5 +486,13 @@ describe("startIn: any backend", () => {
         );
       }),
     );
+  });
+});
+
+describe("jittered", () => {
+  it("puts off by up to a tenth, and by no more than two seconds", () => {
+    assert.equal(jittered(1000, 0), 1000);
+    assert.equal(jittered(1000, 0.5), 1050);
+    assert.equal(jittered(3_600_000, 0.5), 3_601_000);
   });
 });

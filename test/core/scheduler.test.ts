@@ -233,7 +233,22 @@ describe("complete", () => {
     assert.equal(refused(20_000), 250, "b is overdue: as long as an overdue one takes");
     complete(state, b, 2000, 30_000);
     arrive(state, ticket(), 30_000);
-    assert.equal(refused(30_000), 300, "c is; a fifth of the way from 1000 to 2000");
+    assert.equal(refused(30_000), 375, "c is, of 1500");
+  });
+
+  it("takes the mean of the first twenty, then follows the last ones", () => {
+    const state = scheduler({ slots: 1 });
+    const serve = (serviceMs: number) => {
+      const one = ticket();
+      arrive(state, one);
+      complete(state, one, serviceMs);
+      return state.lanes.get("m")?.serviceMs ?? 0;
+    };
+    for (let each = 0; each < 10; each++) serve(1000);
+    for (let each = 0; each < 9; each++) serve(2000);
+    assert.equal(Math.round(serve(2000)), 1500);
+    for (let each = 0; each < 19; each++) serve(3000);
+    assert(serve(3000) > 2400, "one in three of what is left is old");
   });
 
   it("makes the retry-after grow with the queue where it may not wait for long", () => {

@@ -1,9 +1,10 @@
 /** What the gateway's scheduler promises in front of an engine that swaps models. */
 import assert from "node:assert/strict";
 import { describe, it } from "node:test";
+import { median } from "../../src/core/pace.ts";
 import { play } from "./compare.ts";
 import { direct, ours, type Box, type Machine } from "./machine.ts";
-import { floodScenario, SCENARIOS, SMALL, type Scenario } from "./scenarios.ts";
+import { floodScenario, MEASURED_MIX, SCENARIOS, SMALL, type Scenario } from "./scenarios.ts";
 
 const SEEDS = [1, 2, 3];
 
@@ -95,6 +96,16 @@ describe("the gateway before an Ollama", () => {
       const [wait, without] = [after.wait.mean ?? Infinity, before.wait.mean ?? 0];
       assert(wait < 0.1 * without, `waits ${wait} ms in the mean, direct ${without}, seed ${seed}`);
     }
+  });
+
+  it("is done with 45 s of a mix within 48 s, 5 s at p95, at the speed of the machine that was measured", () => {
+    const runs = Array.from({ length: 20 }, (_, at) => play(MEASURED_MIX, at + 1, ours).measured);
+    assert(runs.every(({ served, asked }) => served === asked));
+    const middle = (values: number[]) => median(values) ?? Infinity;
+    const makespanMs = middle(runs.map((run) => run.makespanMs));
+    const p95Ms = middle(runs.map(({ ttft }) => ttft.p95 ?? Infinity));
+    assert(makespanMs <= 48_000, `makespan ${makespanMs}`);
+    assert(p95Ms <= 5000, `p95 ${p95Ms}`);
   });
 
   it("finishes a load whoever leaves", () => {

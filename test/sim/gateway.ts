@@ -1,3 +1,4 @@
+import { jittered } from "../../src/core/eta.ts";
 import { Estimates } from "../../src/core/estimate.ts";
 import { nextOf, type Cap, type SchedulerState, type Ticket } from "../../src/core/lanes.ts";
 import { judge, SUCCESS } from "../../src/core/outcome.ts";
@@ -45,8 +46,6 @@ export const DEFAULTS = { turnMs: "auto", maxWaitMs: 120_000, maxLength: 512 } a
 const PROBE_MS = 5000;
 /** When a model is looked for again that is to go, and then after twice as long each time. */
 const GONE_LOOK_MS = 10;
-/** Promises are spread upward, so that those who were refused at once do not come back at once. */
-const JITTER = 0.1;
 
 interface Live extends BackendSetting {
   backend: Backend;
@@ -190,7 +189,7 @@ export function createGateway(clock: Clock, setting: GatewaySetting): Service {
       case "expire":
         return end(jobs.get(effect.ticket) as Job, {
           type: "refused",
-          retryAfterMs: effect.retryAfterMs * (1 + JITTER * random()),
+          retryAfterMs: jittered(effect.retryAfterMs, random()),
         });
     }
   }

@@ -6,7 +6,7 @@ import { play } from "./compare.ts";
 import { createOllama, type OllamaSetting } from "./engine-ollama.ts";
 import { direct, ordered, type Policy } from "./machine.ts";
 import { createRandom } from "../support/random.ts";
-import { LARGE, large, SCENARIOS, SMALL, small, type Scenario } from "./scenarios.ts";
+import { LARGE, large, MEASURED_MIX, SCENARIOS, SMALL, small, type Scenario } from "./scenarios.ts";
 import type { Request } from "./service.ts";
 import { inOrderOfArrival } from "./swap-front.ts";
 import { loop, poisson, regularly, requestOf } from "./workload.ts";
@@ -68,17 +68,7 @@ describe("Ollama's own scheduler", () => {
   });
 
   it("takes 72 to 82 s for 45 s of a mix of three models, 26 to 36 s at p95 (measured on a real one)", () => {
-    // How many requests that were is not told: with 4.2 a second both numbers come out.
-    const scenario: Scenario = {
-      about: "",
-      machine: { type: "box", models: ["a", "b", "c"], box: SMALL },
-      groupBy: null,
-      untilMs: HOUR,
-      clients(seed) {
-        return poisson(createRandom(seed), ["a", "b", "c"].map(small), 1000 / 4.2, 45_000);
-      },
-    };
-    const runs = [1, 2, 3, 4, 5, 6].map((seed) => play(scenario, seed, direct).measured);
+    const runs = [1, 2, 3, 4, 5, 6].map((seed) => play(MEASURED_MIX, seed, direct).measured);
     const mean = (values: number[]) => values.reduce((sum, each) => sum + each, 0) / values.length;
     isWithin(mean(runs.map(({ makespanMs }) => makespanMs)), 77_000, 0.2, "makespan");
     isWithin(mean(runs.map(({ ttft }) => ttft.p95 ?? Infinity)), 31_000, 0.2, "p95");

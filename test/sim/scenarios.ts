@@ -120,6 +120,16 @@ const FLOOD_BOX: Box = {
   maxQueue: 512,
 };
 
+/** As a real Ollama was measured with it: with 4.2 requests a second it takes as long as that one did. */
+export const MEASURED_MIX: Scenario = {
+  about:
+    "three small models, memory for one: independent requests for 45 s at 71 % of what one can do",
+  machine: on(SMALL, ABC),
+  groupBy: null,
+  untilMs: HOUR,
+  clients: (seed) => poisson(createRandom(seed), ABC.map(small), 1000 / 4.2, 45_000),
+};
+
 /** @param hasFlood false: the light flow alone. */
 export function floodScenario(hasFlood: boolean): Scenario {
   return {
