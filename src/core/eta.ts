@@ -70,18 +70,18 @@ export function startIn(
 export function promise(state: SchedulerState, ticket: Ticket, now: number): number {
   const lane = state.lanes.get(ticket.model);
   if (lane === undefined) return 1;
-  lane.promises = lane.promises.filter((at) => at > now);
   const { places, promises } = lane;
+  for (const [id, at] of promises) if (at <= now || id === ticket.id) promises.delete(id);
   const view = { state, now, guess: FIRST_GUESS };
   const behind = (ahead: number) => startBehind(view, lane, ticket, ahead);
-  const startMs = behind(aheadOf(lane.line, ticket) + promises.length);
+  const startMs = behind(aheadOf(lane.line, ticket) + promises.size);
   const patienceMs = ticket.deadlineAt - ticket.arrivedAt;
   // A place comes free whenever somebody who waits starts.
-  const missing = places.used + promises.length + 1 - places.limit;
+  const missing = places.used + promises.size + 1 - places.limit;
   const placeMs = missing > 0 ? behind(missing - 1) : 0;
   const waitMs = Math.max(1, startMs - patienceMs, placeMs);
   // A flood of requests that do not heed what they are told puts off the others no further than this.
-  if (promises.length < MOST_PROMISES) promises.push(now + waitMs);
+  if (promises.size < MOST_PROMISES) promises.set(ticket.id, now + waitMs);
   return waitMs;
 }
 

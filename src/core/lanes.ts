@@ -48,8 +48,8 @@ export interface Lane {
   places: Cap;
   line: Line<Ticket>;
   running: Map<Ticket, Running>;
-  /** When those who were refused have been told to come back: until then they count as waiting. */
-  promises: number[];
+  /** By ticket, when those who were refused have been told to come back: until then they count as waiting. */
+  promises: Map<string, number>;
   /** Mean of how long a request holds its slot, null until one has ended. */
   serviceMs: number | null;
   /** Of so many requests. */

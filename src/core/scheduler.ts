@@ -76,6 +76,8 @@ export type SchedulerEvent =
   | { type: "warm"; model: string; mayEvict: boolean }
   /** Somebody wants a model out of memory, as soon as nothing runs there. */
   | { type: "unload"; model: string }
+  /** Somebody who was refused here has been served otherwise, and does not come back. */
+  | { type: "served"; id: string }
   /** A shared cap has room again. */
   | { type: "room" }
   /** Another backend could start a request of this model at once. */
@@ -149,6 +151,9 @@ export function step(state: SchedulerState, event: SchedulerEvent, now: number):
     case "share":
       share(state, event);
       serve(state, now, effects);
+      break;
+    case "served":
+      for (const { promises } of state.lanes.values()) promises.delete(event.id);
       break;
     case "room":
       serve(state, now, effects);
@@ -384,7 +389,7 @@ function configure(
       const fresh = { limit: slots, used: 0 };
       const line = createLine<Ticket>();
       const stay = createStay(loaded);
-      const empty = { line, running: new Map(), promises: [], serviceMs: null, services: 0 };
+      const empty = { line, running: new Map(), promises: new Map(), serviceMs: null, services: 0 };
       const lane = { slots: fresh, shared, places, stay, ...empty };
       state.lanes.set(model, lane);
       state.turns.lanes.set(state.prefix + model, lane);

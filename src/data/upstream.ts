@@ -25,7 +25,10 @@ export async function obtain(exchange: Exchange, plane: Plane): Promise<Reply> {
     try {
       const reply = await attempts(exchange, plane);
       const { degraded } = exchange;
-      if (degraded !== null) plane.metrics?.degraded(degraded.asked, degraded.served);
+      if (degraded !== null) {
+        plane.metrics?.degraded(degraded.asked, degraded.served);
+        plane.fleet.forgive(exchange.id);
+      }
       return reply;
     } catch (error) {
       const { model, backend_id, reason } = exchange.record;

@@ -260,6 +260,11 @@ export class Fleet {
     };
   }
 
+  /** A request that was refused has been served by another model: it does not come back when it was told to. */
+  forgive(id: string): void {
+    for (const live of this.#lives.values()) this.#run(live, { type: "served", id });
+  }
+
   /** How long the last load of a model there ran within `from` and now, and since when; null: it did not. */
   loadSince(backend: string, model: string, from: number): { from: number; to: number } | null {
     return loadSince(this.#lives.get(backend), model, from, this.#options.now());

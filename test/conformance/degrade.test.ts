@@ -664,3 +664,33 @@ describe("tenants", () => {
     }
   });
 });
+
+describe("whoever was degraded does not come back", () => {
+  let fleet: Fleet<"big" | "small">;
+  before(async () => {
+    const backend = { ...QUIET, concurrency: 1 };
+    fleet = await startFleet(
+      {
+        big: { kind: "vllm", models: ["big"], backend },
+        small: { kind: "vllm", models: ["small"], backend },
+      },
+      { queue: { maxLength: 1 }, models: { big: { fallback: "small" } } },
+    );
+  });
+  after(async () => {
+    await clear(fleet);
+    await fleet.close();
+  });
+
+  it("and puts off nobody who is told to", TIMEOUT, async () => {
+    // Nothing of it has been measured: an answer counts as 10 s.
+    await occupy(fleet, fleet.engines.big, "big", 1);
+    for (let each = 0; each < 10; each++) {
+      await expectDegraded(fleet, await openaiChat(fleet.url, { model: "big" }), {});
+    }
+    const refused = await openaiChat(fleet.url, { model: "big" }, NEVER);
+    expectError(refused, 429, "rate_limit_exceeded");
+    const seconds = Number(refused.headers.get("retry-after"));
+    assert.ok(seconds <= 22, `${seconds} s, and ten were served elsewhere`);
+  });
+});

@@ -326,7 +326,24 @@ describe("promise", () => {
     assert.deepEqual(times, [1000, 2000, 3000]);
     // At 2000 two of them have passed.
     assert.equal(promise(state, impatient(), 2000), 250 + 1000);
-    assert.equal(state.lanes.get("m")?.promises.length, 2);
+    assert.equal(state.lanes.get("m")?.promises.size, 2);
+  });
+
+  it("counts for nothing once who it was made to has been served otherwise", () => {
+    const state = backend();
+    arrive(state, 1);
+    const [first, second] = [impatient(), impatient()];
+    assert.deepEqual([promise(state, first, 0), promise(state, second, 0)], [1000, 2000]);
+    step(state, { type: "served", id: first.id }, 0);
+    assert.equal(promise(state, impatient(), 0), 2000);
+  });
+
+  it("is one for each request, the last", () => {
+    const state = backend();
+    arrive(state, 1);
+    const one = impatient();
+    assert.deepEqual([promise(state, one, 0), promise(state, one, 0)], [1000, 1000]);
+    assert.equal(promise(state, impatient(), 0), 2000);
   });
 
   it("is when there is a place, however long it may wait then", () => {
