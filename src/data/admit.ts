@@ -258,7 +258,7 @@ function notLoaded(
 
 /** The same ticket, to start in time for the first token that its client still has a use for. */
 function timely(exchange: Exchange, plane: Plane, ticket: Ticket, backend: string): Ticket {
-  const sloMs = sloMsOf(exchange);
+  const { sloMs } = exchange.wishes;
   if (sloMs === null) return ticket;
   const startMs = Math.max(0, sloMs - plane.fleet.measuredBeginMs(backend, ticket));
   const deadlineAt = Math.min(ticket.deadlineAt, exchange.receivedAt + startMs);
@@ -271,7 +271,7 @@ function refusal(
   exchange: Exchange,
 ): GatewayError {
   const name = quote(model);
-  const sloMs = sloMsOf(exchange);
+  const { sloMs } = exchange.wishes;
   const limit =
     sloMs === null
       ? `within ${patienceOf(exchange)} ms (queue.maxWaitMs, or the client's own time-out)`
@@ -299,7 +299,7 @@ function reasons(exchange: Exchange, model: Model): string {
 
 /** How long a request may wait for a slot, milliseconds. */
 function patienceOf(exchange: Exchange): number {
-  return Math.min(exchange.config.queue.maxWaitMs, clientTimeoutMs(exchange) ?? Infinity);
+  return Math.min(exchange.config.queue.maxWaitMs, exchange.wishes.timeoutMs ?? Infinity);
 }
 
 /** When waiting has become pointless, on the clock of the plane. */
@@ -314,24 +314,4 @@ export function lateness(exchange: Exchange, flight: Exchange): GatewayError | n
   const retryAfterMs = Math.max(1, waiting.etaMs);
   const model = flight.degraded?.asked ?? flight.record.model ?? "";
   return refusal({ cause: "expired", retryAfterMs }, model, exchange);
-}
-
-/**
- * Within how many milliseconds the client has a use for a first token, as it says; null: it does not.
- *
- * @throws GatewayError `invalid_parameter`
- */
-function sloMsOf({ headers }: Exchange): number | null {
-  const asked = headers.get("x-slo-ttft-ms");
-  if (asked === null) return null;
-  const ms = Number(asked);
-  if (asked.trim() !== "" && Number.isFinite(ms) && ms > 0) return ms;
-  const message = `x-slo-ttft-ms ${quote(asked)} is no number of milliseconds above 0`;
-  throw new GatewayError("invalid_parameter", message, { param: "x-slo-ttft-ms" });
-}
-
-/** The client's own time-out in milliseconds, as the official SDKs send it; null when they do not. */
-export function clientTimeoutMs(exchange: Exchange): number | null {
-  const seconds = Number(exchange.headers.get("x-stainless-timeout") ?? Number.NaN);
-  return Number.isFinite(seconds) && seconds > 0 ? seconds * 1000 : null;
 }

@@ -14,7 +14,6 @@ import { embeddings } from "../dialects/openai.ts";
 import { GatewayError } from "../errors.ts";
 import type { Answer } from "../stores/answers.ts";
 import { Embedding } from "./embed.ts";
-import { mayDegrade } from "./degrade.ts";
 import type { Exchange } from "./exchange.ts";
 import { Flight, type Landed, type Work } from "./flight.ts";
 import type { Plane } from "./plane.ts";
@@ -112,7 +111,7 @@ export async function fly(
   // Who insists on a new answer, or on one that is there already, does not wait for that of others.
   const shares = !control.noCache && !control.onlyIfCached;
   // Nor does a flight for who takes an old answer, or that of a smaller model, serve who does not.
-  const name = `${key} ${control.maxAgeMs} ${mayDegrade(exchange)}`;
+  const name = `${key} ${control.maxAgeMs} ${exchange.wishes.mayDegrade}`;
   const under = shares ? plane.flights.get(name) : undefined;
   const flight = under ?? new Flight(plane, name, exchange);
   if (under === undefined && shares) plane.flights.set(name, flight);

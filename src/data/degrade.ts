@@ -1,5 +1,5 @@
 import { resolve, type Model } from "../core/snapshot.ts";
-import { GatewayError, quote, type ErrorCode } from "../errors.ts";
+import { GatewayError, type ErrorCode } from "../errors.ts";
 import { isAble } from "./resolve.ts";
 import type { Exchange } from "./exchange.ts";
 import type { Plane } from "./plane.ts";
@@ -23,19 +23,6 @@ const FAILURES = new Set<ErrorCode>([
 /** In the words of engines. */
 const OUT_OF_MEMORY =
   /out of memory|insufficient (?:memory|system resources)|more system memory|(?:failed|unable) to allocate|\bOOM\b/i;
-
-/**
- * May a smaller model answer this request?
- *
- * @throws GatewayError `invalid_parameter` for a wish that does not exist.
- */
-export function mayDegrade({ headers }: Exchange): boolean {
-  const wish = headers.get("x-tidegate-degrade");
-  if (wish === null) return true;
-  if (wish.toLowerCase() === "never") return false;
-  const message = `x-tidegate-degrade ${quote(wish)} is not known: leave it out, or send never`;
-  throw new GatewayError("invalid_parameter", message, { param: "x-tidegate-degrade" });
-}
 
 /**
  * Hands the request on to the next model of the `fallback` chain that fits it, where `error` says that

@@ -12,7 +12,7 @@ import {
   type Endpoint,
   type View,
 } from "../dialects/dialect.ts";
-import { GatewayError, quote } from "../errors.ts";
+import { GatewayError } from "../errors.ts";
 import {
   newRecord,
   rounded,
@@ -24,6 +24,7 @@ import type { RequestTrace } from "../telemetry/tracing.ts";
 import type { Body } from "./accept.ts";
 import type { Plane } from "./plane.ts";
 import { count, report } from "./report.ts";
+import { NO_WISHES, wishesOf, type Wishes } from "./wishes.ts";
 
 /** One request sent to one backend, as the exchange sees it. */
 export interface Attempt {
@@ -88,6 +89,7 @@ export class Exchange {
   tenant = "default";
   policy: TenantConfig;
   priority: Priority = "default";
+  wishes: Wishes = NO_WISHES;
   /** Cap on the tokens of the answer, from model and tenant; null for none. */
   outputCap: number | null = null;
   /** Tokens that prompt and answer are expected to be. */
@@ -150,6 +152,7 @@ export class Exchange {
       this.trace = leader.trace;
       this.tenant = leader.tenant;
       this.priority = leader.priority;
+      this.wishes = leader.wishes;
       this.outputCap = leader.outputCap;
       this.view = leader.view;
       this.promptSize = leader.promptSize;
@@ -173,22 +176,17 @@ export class Exchange {
   /**
    * From here on it is this tenant's: what it may see, and how urgent it is.
    *
-   * @throws GatewayError `invalid_parameter` for a priority that does not exist.
+   * @throws GatewayError `invalid_parameter` for a wish that does not exist.
    */
   identified(tenant: string): void {
     this.tenant = tenant;
     this.record.tenant = tenant;
     this.policy = tenantOf(this.config, tenant);
     this.priority = this.policy.priority;
-    const asked = this.headers.get("x-tidegate-priority");
-    if (asked !== null) {
-      const lowered = CLASSES.find((each) => each === asked.toLowerCase());
-      if (lowered === undefined) {
-        const message = `x-tidegate-priority ${quote(asked)} is none of ${CLASSES.join(", ")}`;
-        throw new GatewayError("invalid_parameter", message, { param: "x-tidegate-priority" });
-      }
-      if (sooner(this.priority, lowered) === this.priority) this.priority = lowered;
-    }
+    this.wishes = wishesOf(this.headers);
+    const asked = this.wishes.priority ?? this.priority;
+    // It can be lowered only.
+    if (sooner(this.priority, asked) === this.priority) this.priority = asked;
     this.renew();
   }
 

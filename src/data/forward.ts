@@ -3,7 +3,6 @@ import { splice, topLevelKeys, without, type Keys } from "../core/splice.ts";
 import { capOutput } from "../engines/cap.ts";
 import type { EngineRequest } from "../engines/engine.ts";
 import { GatewayError, quote, type ErrorCode } from "../errors.ts";
-import { clientTimeoutMs } from "./admit.ts";
 import { AttemptFailed, type UpstreamAttempt } from "./attempt.ts";
 import type { Exchange } from "./exchange.ts";
 import { peek, readWhole, refused, type Reply } from "./inspect.ts";
@@ -113,5 +112,5 @@ function withUsage(bytes: Uint8Array, keys: Keys): string | Uint8Array {
 /** The limit for an answer in one piece: ours, or the client's own; Infinity for none. */
 export function totalMsOf(exchange: Exchange): number {
   const { totalMs } = exchange.config.timeouts;
-  return Math.min(totalMs === 0 ? Infinity : totalMs, clientTimeoutMs(exchange) ?? Infinity);
+  return Math.min(totalMs === 0 ? Infinity : totalMs, exchange.wishes.timeoutMs ?? Infinity);
 }

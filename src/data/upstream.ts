@@ -2,7 +2,7 @@ import type { Permit } from "../fleet/permit.ts";
 import type { RequestRecord } from "../telemetry/record.ts";
 import { admit, deadlineOf } from "./admit.ts";
 import { AttemptFailed, UpstreamAttempt } from "./attempt.ts";
-import { degrade, mayDegrade } from "./degrade.ts";
+import { degrade } from "./degrade.ts";
 import type { Exchange } from "./exchange.ts";
 import { forward } from "./forward.ts";
 import type { Reply } from "./inspect.ts";
@@ -17,7 +17,6 @@ const MOST_ATTEMPTS = 2;
  * cannot do it now the same with the smaller ones that may answer instead.
  */
 export async function obtain(exchange: Exchange, plane: Plane): Promise<Reply> {
-  const isAllowed = mayDegrade(exchange);
   await reserve(exchange, plane);
   const passed = new Set<string>();
   let first: { error: unknown; where: Partial<RequestRecord> } | null = null;
@@ -33,7 +32,7 @@ export async function obtain(exchange: Exchange, plane: Plane): Promise<Reply> {
     } catch (error) {
       const { model, backend_id, reason } = exchange.record;
       first ??= { error, where: { model, backend_id, reason } };
-      if (isAllowed && degrade(exchange, plane, error, passed)) continue;
+      if (exchange.wishes.mayDegrade && degrade(exchange, plane, error, passed)) continue;
       // Nothing came of the smaller ones: it is as if nobody had asked them.
       if (!exchange.ended) {
         exchange.degraded = null;

@@ -1,6 +1,6 @@
 import type { BreakerSettings, BreakerState } from "../core/breaker.ts";
 import { jittered, startIn } from "../core/eta.ts";
-import { nextOf, positionOf, waitsFor, type Cap, type Ticket } from "../core/lanes.ts";
+import { positionOf, waitsFor, type Cap, type Ticket } from "../core/lanes.ts";
 import { judge } from "../core/outcome.ts";
 import { NO_PACE } from "../core/pace.ts";
 import { Sessions } from "../core/prefix.ts";
@@ -22,7 +22,7 @@ import {
   breakerReport,
   breakersOf,
   createLive,
-  isBetterOff,
+  betterOff,
   isServed,
   failedLoad,
   keyOf,
@@ -493,15 +493,8 @@ export class Fleet {
     for (const live of lives) {
       if (live.scheduler.waiting > 0) this.#run(live, { type: "room" });
     }
-    for (const live of lives) {
-      for (const model of live.scheduler.lanes.keys()) {
-        const head = nextOf(live.scheduler, model);
-        if (head === undefined) continue;
-        const guesses = this.#guesses(model);
-        if (!isBetterOff(lives, live, head, this.breaker, guesses, now)) continue;
-        // One at a time: it asks there, which comes back here for the next.
-        return this.#run(live, { type: "elsewhere", model });
-      }
-    }
+    // One at a time: it asks there, which comes back here for the next.
+    const head = betterOff(lives, this.breaker, now);
+    if (head !== null) this.#run(head.live, { type: "elsewhere", model: head.model });
   }
 }

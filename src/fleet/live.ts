@@ -4,6 +4,7 @@ import {
   coolsUntil,
   createScheduler,
   hasRoom,
+  nextOf,
   type SchedulerState,
   type Ticket,
 } from "../core/lanes.ts";
@@ -16,7 +17,7 @@ import type { Engine } from "../engines/engine.ts";
 import { engineOf } from "../engines/kinds.ts";
 import { Guard } from "./guard.ts";
 import { Observed } from "./observed.ts";
-import { firstTokenOf, type Guesses } from "./expect.ts";
+import { firstTokenOf, guessesFrom, type Guesses } from "./expect.ts";
 
 /** A load of a model; while it runs `to` is null. `reason`: why it failed. */
 export interface Load {
@@ -94,11 +95,25 @@ export function createLive(backend: Backend): Live {
 
 const TIERS: readonly Health[] = ["healthy", "degraded", "unknown"];
 
-/**
- * Could a request that waits at `live` start at once elsewhere, where selection would send it? Else it
- * would come straight back.
- */
-export function isBetterOff(
+/** Of those who are next in their queues the first that could start at once elsewhere; null: none. */
+export function betterOff(
+  lives: readonly Live[],
+  settings: BreakerSettings,
+  now: number,
+): { live: Live; model: string } | null {
+  for (const live of lives) {
+    for (const model of live.scheduler.lanes.keys()) {
+      const head = nextOf(live.scheduler, model);
+      if (head === undefined) continue;
+      const guesses = guessesFrom(lives, model);
+      if (isBetterOff(lives, live, head, settings, guesses, now)) return { live, model };
+    }
+  }
+  return null;
+}
+
+/** Where selection would send it, or it would come straight back. */
+function isBetterOff(
   lives: Iterable<Live>,
   live: Live,
   ticket: Ticket,

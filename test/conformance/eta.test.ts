@@ -218,6 +218,22 @@ describe("x-slo-ttft-ms", () => {
     });
   });
 
+  it("is looked at before the cache, like any wish", TIMEOUT, async () => {
+    await withOne({}, async ({ url, engines }) => {
+      const sure = { temperature: 0, seed: 1 };
+      assert.equal((await openaiChat(url, sure)).status, 200);
+      const [again, wrong] = [
+        await openaiChat(url, sure),
+        await openaiChat(url, sure, within("soon")),
+      ];
+      assert.equal(again.headers.get("x-tidegate-cache"), "hit");
+      expectError(wrong, 400, "invalid_parameter");
+      const other = { headers: { "x-tidegate-degrade": "always" } };
+      expectError(await openaiChat(url, sure, other), 400, "invalid_parameter");
+      assert.equal(engines.a.inference().length, 1);
+    });
+  });
+
   it("refuses at once where what was measured says that it cannot be", TIMEOUT, async () => {
     await withOne({}, async (fleet) => {
       fleet.engines.a.behave({ headersDelayMs: 1500 });

@@ -1,13 +1,13 @@
 import { jittered } from "../../src/core/eta.ts";
 import { Estimates } from "../../src/core/estimate.ts";
-import { nextOf, type Cap, type SchedulerState, type Ticket } from "../../src/core/lanes.ts";
+import { type Cap, type SchedulerState, type Ticket } from "../../src/core/lanes.ts";
 import { judge, SUCCESS } from "../../src/core/outcome.ts";
 import { Sessions } from "../../src/core/prefix.ts";
 import type { Backend, Target } from "../../src/core/snapshot.ts";
 import type { BreakerSettings } from "../../src/core/breaker.ts";
 import { candidateOf, guessesFrom, sessionKey } from "../../src/fleet/expect.ts";
 import { Grant } from "../../src/fleet/grant.ts";
-import { createLive, isBetterOff, type Live as Known } from "../../src/fleet/live.ts";
+import { betterOff, createLive, type Live as Known } from "../../src/fleet/live.ts";
 import { promptOf } from "./prompt-text.ts";
 import { step, type SchedulerEffect, type SchedulerEvent } from "../../src/core/scheduler.ts";
 import { select, type Candidate, type Credit } from "../../src/core/select.ts";
@@ -219,17 +219,12 @@ export function createGateway(clock: Clock, setting: GatewaySetting): Service {
 
   /** Room came free: who waits at one backend may be able to start at another. */
   function offer() {
-    for (const live of lives.values()) {
-      for (const model of live.scheduler.waiting > 0 ? setting.models : []) {
-        const head = nextOf(live.scheduler, model);
-        if (head === undefined) continue;
-        const all = [...lives.values()].map(({ known }) => known);
-        const guesses = guessesFrom(all, model);
-        if (!isBetterOff(all, live.known, head, BREAKER, guesses, clock.now())) continue;
-        // It asks there, and comes back here for the next.
-        return run(live, { type: "elsewhere", model });
-      }
-    }
+    const known = [...lives.values()].map((each) => each.known);
+    // It asks there, and comes back here for the next.
+    const head = betterOff(known, BREAKER, clock.now());
+    if (head === null) return;
+    const { model } = head;
+    run(lives.get(head.live.id) as Live, { type: "elsewhere", model });
   }
 
   /** Chooses a backend and asks there. */

@@ -98,6 +98,7 @@ class House {
   ) {
     const request = new Request(`http://localhost${endpoint.path}`, { method: "POST", headers });
     const exchange = new Exchange(this.plane, endpoint, request);
+    exchange.identified("default");
     exchange.view = readView({ model });
     return exchange;
   }
