@@ -169,6 +169,7 @@ function corsForAllowed(plane: Plane) {
   return async (context: Context, next: () => Promise<void>): Promise<Response | void> => {
     if (context.req.raw.headers.get("origin") === null) return next();
     checkOrigin(context.req.raw.headers, plane.access);
+    if (context.req.method === "OPTIONS") context.header("x-request-id", crypto.randomUUID());
     return allow(context, next);
   };
 }

@@ -6,6 +6,7 @@ import { suggest } from "../core/suggest.ts";
 import { refuseInvalid } from "../dialects/dialect.ts";
 import { GatewayError, quote } from "../errors.ts";
 import { ConfigError } from "../settings/load.ts";
+import { reported } from "../settings/mistakes.ts";
 import { checkOperator } from "./access.ts";
 import type { Operations } from "./operations.ts";
 
@@ -70,7 +71,7 @@ export function adminApi(operations: Operations): Hono<{ Bindings: Peer }> {
           throw new GatewayError("model_not_found", `there is no model ${quote(model)}`);
         }
         const targets = operations[verb](model, backend);
-        if (targets.length === 0) throw noSuchBackend(backend ?? "", operations.backends());
+        if (targets.length === 0) throw notThere(model, backend ?? "", operations.backends());
         return context.json({ model, targets }, 202);
       },
     );
@@ -80,6 +81,12 @@ export function adminApi(operations: Operations): Hono<{ Bindings: Peer }> {
     context.json({ values: operations.values(), lastReload: operations.lastReload }),
   );
   return api;
+}
+
+function notThere(model: string, id: string, backends: readonly Backend[]): GatewayError {
+  if (!backends.some((backend) => backend.id === id)) return noSuchBackend(id, backends);
+  const message = `backend ${quote(id)} has no model ${quote(model)}`;
+  return new GatewayError("model_not_found", message);
 }
 
 function noSuchBackend(id: string, backends: readonly Backend[]): GatewayError {
@@ -98,6 +105,5 @@ async function bodyOf(context: Context): Promise<unknown> {
 }
 
 function invalidConfig({ message, mistakes }: ConfigError): GatewayError {
-  const shown = mistakes.map((mistake) => ({ ...mistake, value: mistake.value ?? null }));
-  return new GatewayError("invalid_config", message, { mistakes: shown });
+  return new GatewayError("invalid_config", message, { mistakes: reported(mistakes) });
 }

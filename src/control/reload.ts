@@ -8,7 +8,7 @@ import {
   type Settings,
   type Sources,
 } from "../settings/load.ts";
-import type { Mistake } from "../settings/mistakes.ts";
+import { reported, type Mistake } from "../settings/mistakes.ts";
 import { changesBetween, type Change, type Value } from "../settings/values.ts";
 import type { Log } from "../telemetry/log.ts";
 import type { BackendAction } from "./control.ts";
@@ -186,7 +186,7 @@ export class Reloader {
       return { changes, restart, backends };
     } catch (error) {
       const errors = error instanceof ConfigError ? error.mistakes : [];
-      this.#last = { at: Date.now(), ok: false, changes: [], errors };
+      this.#last = { at: Date.now(), ok: false, changes: [], errors: reported(errors) };
       const detail = error instanceof Error ? error.message : String(error);
       log.error("configuration not reloaded: the last good one stays", { trigger, detail });
       done(false);

@@ -70,7 +70,8 @@ function modelOf({ snapshot }: Exchange, name: string | null | undefined): Model
 function reasonFor(exchange: Exchange, plane: Plane, error: unknown): string | null {
   if (!(error instanceof GatewayError)) return null;
   if (OUT_OF_MEMORY.test(error.detail ?? "")) return "memory";
-  const code = error.code as ErrorCode;
+  // Not its code: that may be an engine's own word.
+  const code = error.cause as ErrorCode;
   if (!FAILURES.has(code)) return REASONS[code] ?? null;
   const model = exchange.record.model ?? "";
   return plane.fleet.isServed({ model, barred: new Set() }) ? null : "down";

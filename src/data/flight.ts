@@ -101,7 +101,7 @@ export class Flight {
 
   /** Nobody waits any more. Who had no more time for it says so of the engine, as without a flight. */
   #abandon(error: GatewayError | null) {
-    if (error?.code === "upstream_timeout") this.exchange.fail(error, "timeout");
+    if (error?.cause === "upstream_timeout") this.exchange.fail(error, "timeout");
     else this.exchange.cancel();
   }
 

@@ -9,8 +9,8 @@ const DIMENSIONS = 64;
 const ANSWER =
   "Hello from Tidegate's demo engine. No inference engine answered on this machine, so these " +
   "words come from the gateway itself, at a human pace, to show that streaming works from end " +
-  "to end. Start Ollama, llama.cpp, vLLM, LM Studio or SGLang, start the gateway again, and the " +
-  "same request will reach a real model.";
+  "to end. Start Ollama, llama.cpp, vLLM, LM Studio or SGLang, and a few seconds later the same " +
+  "request will reach a real model.";
 
 interface Words {
   words: string[];

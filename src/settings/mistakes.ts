@@ -88,17 +88,32 @@ function mistakesOf(issue: z.core.$ZodIssue, raw: unknown, base: Path = []): Mis
     {
       path: text,
       value: shown(path, value),
-      expected: options.length > 0 ? `one of ${options.join(", ")}` : wanted(issue.message),
+      expected: expectedBy(issue),
       suggestion: typeof value === "string" ? suggest(value, options) : null,
     },
   ];
+}
+
+function expectedBy(issue: z.core.$ZodIssue): string {
+  if (issue.code === "invalid_value") {
+    return `${issue.values.length > 1 ? "one of " : ""}${issue.values.map(String).join(", ")}`;
+  }
+  // Of a union each alternative says what it would take of this very value.
+  if (issue.code === "invalid_union" && issue.errors.length > 0) {
+    const alternatives = issue.errors.flatMap((errors) =>
+      errors.filter(({ path }) => path.length === 0).map(expectedBy),
+    );
+    return [...new Set(alternatives)].join(", or ");
+  }
+  return wanted(issue.message);
 }
 
 /** zod's sentence behind "expected". */
 function wanted(message: string): string {
   return message
     .replace(/^(?:Invalid input|Too small|Too big): /, "")
-    .replace(/^expected (?:number to be (?=[<>]))?/, "");
+    .replace(/^expected (?:number to be (?=[<>]))?/, "")
+    .replace(/, received \S+$/, "");
 }
 
 export function listOf(value: unknown): unknown[] {
@@ -245,6 +260,11 @@ export function check(raw: unknown): { config: Config } | { mistakes: Mistake[] 
   mistakes.push(...crossCheck(raw));
   if (parsed.success && mistakes.length === 0) return { config: parsed.data };
   return { mistakes };
+}
+
+/** As JSON shows them, with null where a key is missing. */
+export function reported(mistakes: readonly Mistake[]): Mistake[] {
+  return mistakes.map((mistake) => ({ ...mistake, value: mistake.value ?? null }));
 }
 
 /** One line for people. */

@@ -8,7 +8,7 @@ export interface Answer {
   /** The engine's own header. */
   cacheControl: string | null;
   body: Uint8Array;
-  /** Public name of the model that gave it. */
+  /** Of the vector of one input the model that the engine named; else empty. */
   model: string;
 }
 

@@ -358,7 +358,6 @@ export class Metrics {
     runtime: string;
     process: Process;
   }) {
-    const startedAt = Date.now() / 1000;
     const { delays, stop } = watchEventLoop();
     this.#gauge("tidegate_event_loop_delay_seconds", "Worst of the last 10 s", [], (add) => {
       add({}, Math.max(...delays) / 1000);
@@ -370,9 +369,9 @@ export class Metrics {
       add({}, process.memoryUsage.rss());
     });
     this.#gauge("process_start_time_seconds", "Start, Unix seconds", [], (add) => {
-      add({}, startedAt);
+      add({}, performance.timeOrigin / 1000);
     });
-    const cpu = new Counter({
+    new Counter({
       name: "process_cpu_seconds_total",
       help: "User and system CPU time",
       registers: [this.#registry],
@@ -382,7 +381,6 @@ export class Metrics {
         this.inc((user + system) / 1e6);
       },
     });
-    void cpu;
     return stop;
   }
 }

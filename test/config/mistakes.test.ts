@@ -352,3 +352,21 @@ describe("in words", () => {
     }
   });
 });
+
+describe("what may be one thing or another", () => {
+  it("says what", () => {
+    const said = (raw: unknown) => inWords(mistakeOf(raw));
+    assert.equal(
+      said({ queue: { turnMs: "soon" } }),
+      'queue.turnMs: found "soon", expected auto, or number',
+    );
+    assert.equal(
+      said({ models: { a: { fallback: 5 } } }),
+      "models.a.fallback: found 5, expected string, or array",
+    );
+    assert.equal(
+      said({ backends: [{ id: "a", url: "http://127.0.0.1:1", models: [5] }] }),
+      "backends[0].models[0]: found 5, expected string, or object",
+    );
+  });
+});

@@ -67,6 +67,7 @@ describe("keys", () => {
       headers: { origin, "access-control-request-method": "POST" },
     });
     assert.equal(preflight.status, 204);
+    assert.match(preflight.headers.get("x-request-id") ?? "", /^[\da-f-]{36}$/);
     const refused = await by({ origin });
     expectError(refused, 401, "invalid_api_key");
     assert.equal(refused.headers.get("access-control-allow-origin"), origin);

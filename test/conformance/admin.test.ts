@@ -569,10 +569,7 @@ describe("POST reload", () => {
         const { lastReload } = shown(await admin("config")) as { lastReload: Fields };
         assert.deepEqual(keysOf(lastReload), words("at ok changes errors"));
         assert.equal(lastReload["ok"], false);
-        assert.deepEqual(
-          (lastReload["errors"] as Fields[]).map(({ path }) => path),
-          error.errors.map(({ path }) => path),
-        );
+        assert.deepEqual(lastReload["errors"], error.errors);
         await rewrite({ backends });
         shown(await admin("reload", ""));
         assert.equal(await gateway.metric("tidegate_config_last_reload_success"), 1);

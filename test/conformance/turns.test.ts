@@ -200,4 +200,15 @@ describe("the operator", () => {
     expectError(await send(path("nothing"), {}), 404, "model_not_found");
     expectError(await send(path("a%3A1"), { backend: "x" }), 404, "unknown_url");
   });
+
+  it("is told that a backend has no such model", TIMEOUT, async () => {
+    const two = await startFleet({ one: { models: ["a"] }, other: { models: ["b"] } });
+    try {
+      const answer = await send(`${two.url}/admin/api/models/a/load`, { backend: "other" });
+      const { message } = expectError(answer, 404, "model_not_found");
+      assert.equal(message, 'backend "other" has no model "a"');
+    } finally {
+      await two.close();
+    }
+  });
 });

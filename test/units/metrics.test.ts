@@ -454,6 +454,8 @@ describe("gauges", () => {
     assert.deepEqual(await samples(made, "process_cpu_seconds_total"), { "": 2 });
     const started = (await samples(made, "process_start_time_seconds"))[""] ?? 0;
     assert(Math.abs(Date.now() / 1000 - started) < 3600, "Unix seconds");
+    const later = metrics();
+    assert.deepEqual(await samples(later, "process_start_time_seconds"), { "": started });
     const delay = (await samples(made, "tidegate_event_loop_delay_seconds"))[""] ?? -1;
     assert(delay >= 0 && Number.isFinite(delay));
   });
