@@ -124,6 +124,10 @@ export async function fly(
   exchange.check();
   if (under !== undefined) exchange.timing.cache = plane.now() - startedAt;
   if (landed.type === "answer" && landed.kept) hit(exchange, plane, landed.answer);
+  // Too large to hold: whoever began it gets it as it comes, the others one of their own.
+  if (landed.type === "reply" && under === undefined) {
+    exchange.record.cache = "bypass;reason=size";
+  }
   if (landed.type === "alone") conclude(exchange, plane, "bypass", ";reason=size");
   return landed;
 }

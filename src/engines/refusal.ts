@@ -12,6 +12,9 @@ export interface Refusal {
 const CONTEXT_WORDS =
   /context (?:length|window|size)|maximum context|exceeds? the (?:available|model)|exceed_context_size|prompt is (?:too long|longer)|`inputs` (?:tokens \+|must have less)/i;
 
+/** Of an engine's refusal so much is passed on. */
+const MOST_WORDS = 4000;
+
 function parse(text: string): unknown {
   try {
     return JSON.parse(text);
@@ -38,6 +41,12 @@ function errorIn(text: string): Pick<Said, "words" | "type" | "code"> {
 /** An engine's words inside our message: bounded, on one line. */
 function cited(words: string): string {
   return words === "" ? "no words" : printable(words.slice(0, 500));
+}
+
+/** An engine's words as our message: bounded, without what could colour a terminal. */
+function kept(words: string): string {
+  if (words === "") return "no words";
+  return words.slice(0, MOST_WORDS).split("\n").map(printable).join("\n");
 }
 
 function retryAfterOf(headers: Headers): number {
@@ -79,14 +88,14 @@ export function readRefusal(
   }
   if (status === 501 || meaning === "unsupported") return unsupported(said, path, detail);
   if (meaning === "too_long" || (isRejection(status) && isTooLong(words, type, code))) {
-    return refusal("rejected", "context_length_exceeded", cited(words));
+    return refusal("rejected", "context_length_exceeded", kept(words));
   }
   if (meaning === "unsupported_input") return refusal("rejected", "unsupported_parameter", said);
   if (isBroken) return refusal("server_error", "upstream_error", said);
   const fix = meaning === "not_loaded" ? NOT_LOADED : fixOf(status);
   if (fix !== null) return refusal("misconfigured", "upstream_error", `${said} (${fix})`);
   const passed = { status, type: type ?? "invalid_request_error", code };
-  const error = new GatewayError("invalid_parameter", cited(words), { detail, passed });
+  const error = new GatewayError("invalid_parameter", kept(words), { detail, passed });
   return { fault: "rejected", error };
 }
 

@@ -626,12 +626,18 @@ describe("readRefusal", () => {
 
   it("never shows a client more than a bounded line of what an engine said", () => {
     const body = { error: { message: `a\nb\u001B[31m\u0000${"x".repeat(10_000)}`, type: "t" } };
-    for (const status of [400, 401, 500, 503]) {
+    for (const status of [401, 500, 503]) {
       const { message } = read({ kind: "openai", status, body }).error;
       assert(message.length < 700, `${status}: ${message.length}`);
       // oxlint-disable-next-line no-control-regex -- these are what must not reach a client
       assert(!/[\u0000-\u001f\u007f-\u009f]/.test(message), JSON.stringify(message));
     }
+  });
+
+  it("keeps the lines of what an engine says about a 4xx, and nothing else that a terminal obeys", () => {
+    const message = `a\n  b\u001B[31m\u0000${"x".repeat(10_000)}`;
+    const told = read({ kind: "openai", status: 400, body: { error: { message, type: "t" } } });
+    assert.equal(told.error.message, `a\n  b\uFFFD[31m\uFFFD${"x".repeat(4000 - 11)}`);
   });
 
   it("keeps an engine's words about a 4xx whole, as far as that is sensible: clients read them", () => {
