@@ -36,7 +36,8 @@ const namedModel = z.union([
   }),
 ]);
 
-const backend = z.strictObject({
+/** One engine. */
+export const backend = z.strictObject({
   id: z.string().min(1).describe("Unique; `backend_id` in headers, log, metrics and traces."),
   kind: z
     .enum(KINDS)

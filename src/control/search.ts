@@ -1,4 +1,4 @@
-import type { BackendConfig, Kind } from "../config.ts";
+import { backend, type BackendConfig, type Kind } from "../config.ts";
 import { isRecord } from "../dialects/dialect.ts";
 import { ask } from "../engines/engine.ts";
 import { numbered } from "../settings/environment.ts";
@@ -96,11 +96,10 @@ export class Search {
 
   /** A backend for each engine found; the built-in demo engine where there is none. */
   backends(): BackendConfig[] {
-    const defaults = { weight: 1, healthInterval: 5000, timeout: 3000, allowCloud: false };
     const found = this.#places.flatMap(({ kind, url }): BackendConfig[] =>
-      kind === null ? [] : [{ ...defaults, id: this.#idOf(kind, url), kind, url }],
+      kind === null ? [] : [backend.parse({ id: this.#idOf(kind, url), kind, url })],
     );
-    return found.length > 0 ? found : [{ ...defaults, id: "demo", kind: "demo" }];
+    return found.length > 0 ? found : [backend.parse({ id: "demo", kind: "demo" })];
   }
 
   /** Kept for each place: what is found later must not rename what is there. */
