@@ -1,7 +1,8 @@
-import { asGatewayError, type GatewayError } from "../errors.ts";
+import { asGatewayError } from "../errors.ts";
 import type { Answer } from "../stores/answers.ts";
 import { deadlineOf, lateness, reconsider } from "./admit.ts";
 import { Exchange, sooner } from "./exchange.ts";
+import { lateFault } from "./forward.ts";
 import type { Reply } from "./inspect.ts";
 import type { Plane } from "./plane.ts";
 
@@ -81,7 +82,7 @@ export class Flight {
         resolve({ type: "alone" });
         if (exchange.ended) return;
         const isLast = this.#waiters.size === 0;
-        if (isLast) this.#abandon(member.error);
+        if (isLast) this.#abandon(member);
         this.#tell(member, isLast);
       });
       member.after(Math.max(0, deadlineAt - this.#plane.now()), () => {
@@ -99,9 +100,10 @@ export class Flight {
     return this.exchange.deadlineAt ?? -Infinity;
   }
 
-  /** Nobody waits any more. Who had no more time for it says so of the engine, as without a flight. */
-  #abandon(error: GatewayError | null) {
-    if (error?.cause === "upstream_timeout") this.exchange.fail(error, "timeout");
+  /** Nobody waits any more. For whose time it took too long says so of the engine, as without a flight. */
+  #abandon(last: Exchange) {
+    const { error } = last;
+    if (error?.cause === "upstream_timeout") this.exchange.fail(error, lateFault(last));
     else this.exchange.cancel();
   }
 

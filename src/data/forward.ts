@@ -109,8 +109,17 @@ function withUsage(bytes: Uint8Array, keys: Keys): string | Uint8Array {
   return splice(options, topLevelKeys(options), usage);
 }
 
-/** The limit for an answer in one piece: ours, or the client's own; Infinity for none. */
+/** The limit for an answer in one piece, milliseconds: ours, or the client's own; Infinity for none. */
 export function totalMsOf(exchange: Exchange): number {
-  const { totalMs } = exchange.config.timeouts;
-  return Math.min(totalMs === 0 ? Infinity : totalMs, exchange.wishes.timeoutMs ?? Infinity);
+  return Math.min(ownTotalMs(exchange), exchange.wishes.timeoutMs ?? Infinity);
+}
+
+function ownTotalMs({ config }: Exchange): number {
+  const { totalMs } = config.timeouts;
+  return totalMs === 0 ? Infinity : totalMs;
+}
+
+/** What it says of the engine that this limit is over: nothing, where a client only had less patience. */
+export function lateFault(exchange: Exchange): Fault {
+  return totalMsOf(exchange) < ownTotalMs(exchange) ? "ended" : "timeout";
 }

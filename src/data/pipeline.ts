@@ -6,7 +6,7 @@ import { resolveModel } from "./resolve.ts";
 import { fly, keepStream, look, type Lookup } from "./cache.ts";
 import { refuseTooLong } from "./context.ts";
 import { Exchange } from "./exchange.ts";
-import { totalMsOf } from "./forward.ts";
+import { lateFault, totalMsOf } from "./forward.ts";
 import { checkOrigin, identify } from "./identify.ts";
 import type { Reply } from "./inspect.ts";
 import type { Plane } from "./plane.ts";
@@ -98,7 +98,7 @@ async function answerWhole(exchange: Exchange, plane: Plane, lookup: Lookup): Pr
     const left = Math.max(0, totalMs - (plane.now() - exchange.receivedAt));
     const message = `the answer was not done within ${totalMs} ms (timeouts.totalMs, or the client's own)`;
     exchange.after(left, () =>
-      exchange.fail(new GatewayError("upstream_timeout", message), "timeout"),
+      exchange.fail(new GatewayError("upstream_timeout", message), lateFault(exchange)),
     );
   }
   if (lookup.type === "miss") {

@@ -349,4 +349,25 @@ describe("breaker: of a model, and what is told of it", () => {
     b.reset();
     assert.equal((await openaiChat(fleet.url, { model: "y" })).status, 200);
   });
+
+  for (const [how, more] of [
+    ["alone", {}],
+    ["with a flight", { temperature: 0, seed: 1 }],
+  ] as const) {
+    it(`nor does one that has little patience, ${how}`, TIMEOUT, async () => {
+      const engines = Object.values(fleet.engines);
+      for (const engine of engines) engine.reset();
+      for (const engine of engines) engine.behave({ headersDelayMs: 60_000 });
+      const hasty = { headers: { "x-stainless-timeout": "0.2" } };
+      for (let count = 0; count < 2 * THRESHOLD; count++) {
+        const late = await openaiChat(fleet.url, { model: "y", ...more }, hasty);
+        expectError(late, 504, "upstream_timeout");
+      }
+      const sent = engines.map((engine) => engine.inference().length);
+      assert.ok(Math.max(...sent) >= THRESHOLD, sent.join());
+      assert.equal(await stateOf(fleet.gateway, "b", "y"), "closed");
+      for (const engine of engines) engine.reset();
+      assert.equal((await openaiChat(fleet.url, { model: "y", ...more })).status, 200);
+    });
+  }
 });
