@@ -47,6 +47,8 @@ interface Turn<T> {
 
 /** A class in which somebody has waited for so long is not passed over for ever. */
 export const AGING_MS = 60_000;
+/** Flows of one class that have a lead, and neither wait nor run. */
+const MOST_IDLE = 256;
 /** So many starts in a row may pass over it; then it has one. */
 export const MOST_PASSED = 3;
 
@@ -78,10 +80,15 @@ function enter<T extends Claim>({ flows, floor }: Class<T>, claim: T): Flow<T> {
   return flow;
 }
 
-/** Forgets what makes no difference any more, so that flows that have gone take no memory. */
+/**
+ * Forgets flows that have gone, so that they take no memory: those that have no lead, all where nobody
+ * waits, and all beyond a bound.
+ */
 function tidy<T>(line: Line<T>, { flows, floor }: Class<T>) {
+  const isMuch = flows.size > MOST_IDLE + line.waiting + line.running;
   for (const [name, { waiting, running, counter }] of flows) {
-    if (waiting.length === 0 && running === 0 && counter <= floor) flows.delete(name);
+    const isIdle = waiting.length === 0 && running === 0;
+    if (isIdle && (counter <= floor || line.waiting === 0 || isMuch)) flows.delete(name);
   }
   // Where nobody is left nobody has a lead over anybody.
   if (line.waiting + line.running > 0) return;
@@ -260,17 +267,24 @@ export function charge<T extends Claim>(line: Line<T>, claim: T, tokens: number)
  * Who gives up its place to a newcomer where no place is left, so that nobody can fill a queue against
  * the others: the youngest of a lower class, else of a flow with more than it would have itself. Null:
  * nobody, the newcomer is one too many.
+ *
+ * @param lines that share the places.
  */
-export function loserTo<T extends Claim>(line: Line<T>, newcomer: T): T | null {
+export function loserTo<T extends Claim>(lines: readonly Line<T>[], newcomer: T): T | null {
   const rank = rankOf(newcomer);
-  for (let lower = line.classes.length - 1; lower >= rank; lower--) {
-    const { flows } = line.classes[lower] as Class<T>;
+  for (let lower = CLASSES.length - 1; lower >= rank; lower--) {
+    const byFlow = Map.groupBy(
+      lines.flatMap(({ classes }) => {
+        return [...(classes[lower] as Class<T>).flows.values()].flatMap(({ waiting }) => waiting);
+      }),
+      ({ flow }) => flow,
+    );
     let longest: T[] = [];
-    for (const { waiting } of flows.values()) {
-      if (waiting.length > longest.length) longest = waiting;
+    for (const waiting of byFlow.values()) if (waiting.length > longest.length) longest = waiting;
+    const own = lower === rank ? (byFlow.get(newcomer.flow)?.length ?? 0) + 1 : 0;
+    if (longest.length > own) {
+      return longest.reduce((one, other) => (other.arrivedAt >= one.arrivedAt ? other : one));
     }
-    const own = lower === rank ? (flows.get(newcomer.flow)?.waiting.length ?? 0) + 1 : 0;
-    if (longest.length > own) return longest.at(-1) ?? null;
   }
   return null;
 }

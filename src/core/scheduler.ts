@@ -25,6 +25,7 @@ import {
   finishChange,
   isCooling,
   isDrained,
+  keepWish,
   narrowGate,
   planTurn,
   refresh,
@@ -76,8 +77,10 @@ export type SchedulerEvent =
   | { type: "warm"; model: string; mayEvict: boolean }
   /** Somebody wants a model out of memory, as soon as nothing runs there. */
   | { type: "unload"; model: string }
-  /** Somebody who was refused here has been served otherwise, and does not come back. */
-  | { type: "served"; id: string }
+  /** Somebody who waits gives its place to one who comes to another backend with the same model. */
+  | { type: "yield"; ticket: Ticket }
+  /** What a request was promised counts no more, but for this model: it comes back for nothing else. */
+  | { type: "forgive"; id: string; except: string | null }
   /** A shared cap has room again. */
   | { type: "room" }
   /** Another backend could start a request of this model at once. */
@@ -152,8 +155,13 @@ export function step(state: SchedulerState, event: SchedulerEvent, now: number):
       share(state, event);
       serve(state, now, effects);
       break;
-    case "served":
-      for (const { promises } of state.lanes.values()) promises.delete(event.id);
+    case "yield":
+      if (take(state, event.ticket)) refuse(state, event.ticket, "full", now, effects);
+      break;
+    case "forgive":
+      for (const [model, { promises }] of state.lanes) {
+        if (model !== event.except) promises.delete(event.id);
+      }
       break;
     case "room":
       serve(state, now, effects);
@@ -231,9 +239,14 @@ function arrive(state: SchedulerState, ticket: Ticket, now: number, effects: Sch
     effects.push({ type: "refuse", ticket, cause: "load_failed", retryAfterMs });
   } else if (ticket.deadlineAt <= now) {
     effects.push({ type: "expire", ticket, retryAfterMs: promise(state, ticket, now) });
+    keepWish(state.turns, lane, ticket.arrivedAt);
+    serve(state, now, effects);
   } else if (now + startIn(state, ticket, now, NO_GUESS) > ticket.deadlineAt) {
     refuse(state, ticket, "late", now, effects);
+    keepWish(state.turns, lane, ticket.arrivedAt);
+    serve(state, now, effects);
   } else if (lane.places.used < lane.places.limit || makeRoom(state, lane, ticket, now, effects)) {
+    lane.promises.delete(ticket.id);
     join(lane.line, ticket);
     lane.places.used++;
     state.waiting++;
@@ -262,7 +275,7 @@ function makeRoom(
   now: number,
   effects: SchedulerEffect[],
 ): boolean {
-  const ticket = loserTo(lane.line, newcomer);
+  const ticket = loserTo([lane.line], newcomer);
   if (ticket === null || !take(state, ticket)) return false;
   refuse(state, ticket, "full", now, effects);
   return true;
@@ -395,6 +408,8 @@ function configure(
       state.turns.lanes.set(state.prefix + model, lane);
     } else {
       lane.slots.limit = slots;
+      // One that nothing ran in may have outlived what it shared.
+      if (lane.slots.used + lane.line.waiting === 0) Object.assign(lane, { shared, places });
     }
   }
   for (const [model, lane] of state.lanes) {
@@ -404,16 +419,22 @@ function configure(
     // A lane with running requests stays, or their completion would find no counters to lower.
     if (!gone || lane.slots.used > 0) continue;
     state.lanes.delete(model);
-    state.turns.lanes.delete(state.prefix + model);
+    withdraw(state, model, lane);
   }
   refresh(state.turns);
+}
+
+/** Out of the turns, where another backend may have come under the same name meanwhile. */
+function withdraw({ turns, prefix }: SchedulerState, model: string, lane: Lane) {
+  const name = prefix + model;
+  if (turns.lanes.get(name) === lane) turns.lanes.delete(name);
 }
 
 function share(
   state: SchedulerState,
   { turns, prefix }: Extract<SchedulerEvent, { type: "share" }>,
 ) {
-  for (const model of state.lanes.keys()) state.turns.lanes.delete(state.prefix + model);
+  for (const [model, lane] of state.lanes) withdraw(state, model, lane);
   refresh(state.turns);
   Object.assign(state, { turns, prefix });
   for (const [model, lane] of state.lanes) turns.lanes.set(prefix + model, lane);
@@ -424,6 +445,7 @@ function expire(state: SchedulerState, now: number, effects: SchedulerEffect[]) 
   for (const lane of state.lanes.values()) {
     for (const ticket of [...claimsIn(lane.line)].filter((each) => each.deadlineAt <= now)) {
       take(state, ticket);
+      keepWish(state.turns, lane, ticket.arrivedAt);
       effects.push({ type: "expire", ticket, retryAfterMs: promise(state, ticket, now) });
     }
   }

@@ -17,6 +17,8 @@ export interface Candidate {
   cachedTokens: number;
   /** The last request of the same session went there. */
   familiar: boolean;
+  /** By what has been measured it would start too late, and be refused. */
+  late: boolean;
   /** It has the larger context that the prompt may need, or nobody is known to. */
   roomy: boolean;
   /** Not for this request; it still counts where one trial at a time is allowed. */
@@ -48,8 +50,8 @@ export function asGoodAs(firstTokenMs: number): number {
 }
 
 /**
- * Chooses where a request goes: the healthiest tier that has a target; in it the target whose first
- * token is expected first; among those that are as good as that one, those that can start at once; then
+ * Chooses where a request goes: the healthiest tier that has a target; in it, of those that have room for
+ * the prompt and start in time, the target whose first token is expected first; among those that are as good as that one, those that can start at once; then
  * the one that knows the session; then smooth weighted round robin. Where only unhealthy or open targets
  * are left, one request at a time tries the least recently failed.
  *
@@ -65,8 +67,12 @@ export function select(candidates: readonly Candidate[], credit: Credit): Select
   }
   for (const health of TIERS) {
     const tier = candidates.filter((candidate) => isUsable(candidate, health));
-    const roomy = tier.filter((candidate) => candidate.roomy);
-    if (tier.length > 0) return soonest(roomy.length > 0 ? roomy : tier, credit);
+    if (tier.length === 0) continue;
+    const roomy = preferred(tier, ({ roomy }) => roomy);
+    return soonest(
+      preferred(roomy, ({ late }) => !late),
+      credit,
+    );
   }
   // One trial goes to the backend that has been left alone for longest; while it runs the others
   // are refused.
@@ -76,6 +82,12 @@ export function select(candidates: readonly Candidate[], credit: Credit): Select
     .toSorted((a, b) => (a.failedAt ?? 0) - (b.failedAt ?? 0));
   if (trial === undefined) return null;
   return { target: trial.target, reason: "trial" };
+}
+
+/** Those for which it is so, or all where it is so for none. */
+function preferred(tier: Candidate[], isPreferred: (candidate: Candidate) => boolean): Candidate[] {
+  const some = tier.filter(isPreferred);
+  return some.length > 0 ? some : tier;
 }
 
 function isUsable(candidate: Candidate, health: Health): boolean {

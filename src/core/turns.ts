@@ -343,6 +343,15 @@ function triedIn({ model, resident, unload }: Change): Set<string> {
   return tried;
 }
 
+function endChange(turns: Turns, { unload }: Change) {
+  turns.change = null;
+  // What an engine has kept all the same is not put out again without end.
+  for (const each of unload) {
+    const stay = turns.lanes.get(each)?.stay;
+    if (stay !== undefined) stay.unwanted = false;
+  }
+}
+
 /**
  * A change is over: its model is loaded.
  *
@@ -358,7 +367,7 @@ export function finishChange(
   const { change } = turns;
   if (change === null) return;
   const { model, leaving, resident } = change;
-  turns.change = null;
+  endChange(turns, change);
   const lane = model === null ? undefined : turns.lanes.get(model);
   const there = new Set(loaded ?? [...resident].filter((each) => !leaving.has(each)));
   if (lane !== undefined && model !== null) {
@@ -388,7 +397,7 @@ export function failChange(
 ): number | null {
   const { change } = turns;
   if (change === null) return null;
-  turns.change = null;
+  endChange(turns, change);
   const there = new Set(loaded ?? [...change.resident].filter((each) => !change.leaving.has(each)));
   const lane = change.model === null ? undefined : turns.lanes.get(change.model);
   let coolDown: number | null = null;
@@ -409,6 +418,16 @@ export function failChange(
   }
   reportResidency(turns, there, now);
   return coolDown;
+}
+
+/**
+ * Somebody who wanted a model that is not loaded is told to come back: the wish stays until it is. Else
+ * nobody would ever have it loaded whose patience is shorter than a load, or than the turn of another.
+ */
+export function keepWish(turns: Turns, { stay }: Contender, since: number): void {
+  if (stay.residency !== "cold") return;
+  stay.asked = { at: Math.min(since, stay.asked?.at ?? Infinity), mayEvict: true };
+  refresh(turns);
 }
 
 /** Somebody who waited has gone, started or not: the gate is never more than who waits. */

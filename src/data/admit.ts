@@ -11,6 +11,12 @@ import { canServe, resolveModel } from "./resolve.ts";
 /** Where nothing is open, something unhealthy may be well again after the usual time between probes. */
 const PROBED_AGAIN_MS = 5000;
 
+/**
+ * Whoever is told to choose again does so at once, before anything else in the process. After so many
+ * times the others come first, lest two backends that send somebody to and fro stop everything.
+ */
+const MANY_CHOICES = 32;
+
 /** What a request that waits can be told. */
 export interface Waiting {
   position: number;
@@ -61,6 +67,7 @@ export async function admit(
   let model = resolveModel(exchange, plane);
   let ticket = ticketFor(exchange, plane, model, options.tried);
   let endSpan: (() => void) | null = null;
+  let rounds = 0;
   try {
     for (;;) {
       const { backend, reason, place, admission } = ask(exchange, plane, model, ticket, choices);
@@ -90,6 +97,10 @@ export async function admit(
         throw failed === null
           ? refusal(decided, model.name, exchange)
           : notLoaded(model.name, failed);
+      }
+      if (++rounds % MANY_CHOICES === 0) {
+        await new Promise((resolve) => setTimeout(resolve, 1));
+        exchange.check();
       }
       exchange.renew();
       model = resolveModel(exchange, plane);

@@ -110,8 +110,9 @@ export async function fly(
 ): Promise<Landed> {
   // Who insists on a new answer, or on one that is there already, does not wait for that of others.
   const shares = !control.noCache && !control.onlyIfCached;
-  // Nor does a flight for who takes an old answer, or that of a smaller model, serve who does not.
-  const name = `${key} ${control.maxAgeMs} ${exchange.wishes.mayDegrade}`;
+  // Nor does a flight for who takes an old answer, a late one, or that of a smaller model serve who does not.
+  const { mayDegrade, sloMs } = exchange.wishes;
+  const name = `${key} ${control.maxAgeMs} ${mayDegrade} ${sloMs}`;
   const under = shares ? plane.flights.get(name) : undefined;
   const flight = under ?? new Flight(plane, name, exchange);
   if (under === undefined && shares) plane.flights.set(name, flight);

@@ -26,13 +26,14 @@ export async function obtain(exchange: Exchange, plane: Plane): Promise<Reply> {
       const { degraded } = exchange;
       if (degraded !== null) {
         plane.metrics?.degraded(degraded.asked, degraded.served);
-        plane.fleet.forgive(exchange.id);
+        plane.fleet.forgive(exchange.id, null);
       }
       return reply;
     } catch (error) {
       const { model, backend_id, reason } = exchange.record;
       first ??= { error, where: { model, backend_id, reason } };
       if (exchange.wishes.mayDegrade && degrade(exchange, plane, error, passed)) continue;
+      if (passed.size > 1) plane.fleet.forgive(exchange.id, first.where.model ?? null);
       // Nothing came of the smaller ones: it is as if nobody had asked them.
       if (!exchange.ended) {
         exchange.degraded = null;

@@ -1,5 +1,5 @@
 import type { BreakerSettings } from "../core/breaker.ts";
-import { FIRST_GUESS, startIn, type Guess } from "../core/eta.ts";
+import { FIRST_GUESS, NO_GUESS, startIn, type Guess } from "../core/eta.ts";
 import { coolsUntil, hasRoom, isVacant, type Ticket } from "../core/lanes.ts";
 import {
   beginsIn,
@@ -119,6 +119,7 @@ export function candidateOf(
   const open = cools || admits === null || (admits === "trial" && !vacant);
   const cached = cachedIn(live, ticket, now);
   const startMs = startIn(scheduler, ticket, now, guesses.queue);
+  const isLate = (ms: number) => ms > 0 && now + ms > ticket.deadlineAt;
   return {
     target,
     health,
@@ -130,6 +131,7 @@ export function candidateOf(
     vacant,
     resident,
     familiar,
+    late: isLate(startMs) && isLate(startIn(scheduler, ticket, now, NO_GUESS)),
     roomy: ticket.cramped?.has(live.id) !== true,
     barred: ticket.barred.has(live.id),
     open,

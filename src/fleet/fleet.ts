@@ -23,10 +23,12 @@ import {
   breakersOf,
   createLive,
   betterOff,
+  isAtWork,
   isServed,
   failedLoad,
   keyOf,
   loadedIn,
+  loserAmong,
   loadSince,
   namedIn,
   namesOfLoaded,
@@ -44,13 +46,7 @@ import {
   type Usage,
 } from "./live.ts";
 import type { Admission, Permit, Place } from "./permit.ts";
-
-/** What one model uses over all backends. */
-interface Share {
-  running: Cap;
-  places: Cap;
-  credit: Credit;
-}
+import { Shares } from "./shares.ts";
 
 interface Asking {
   target: Target;
@@ -83,15 +79,14 @@ export interface FleetOptions {
 export class Fleet {
   readonly #options: FleetOptions;
   readonly #lives = new Map<string, Live>();
-  /** Out of the configuration, with requests still running: they come back as they are. */
+  /** Out of the configuration, and still at work: they come back as they are. */
   readonly #leaving = new Set<Live>();
-  readonly #shares = new Map<string, Share>();
+  readonly #shares: Shares;
   /** The turns of each GPU that several backends share. */
   readonly #gpus = new Map<string, Turns>();
   readonly #asking = new Map<Ticket, Asking>();
   readonly #sessions = new Sessions();
   readonly #upstream: Cap;
-  #maxLength: number;
   /** Read at every decision: a reload may replace it. */
   breaker: BreakerSettings;
   #turnMs: number | "auto" = "auto";
@@ -100,15 +95,14 @@ export class Fleet {
 
   constructor(options: FleetOptions) {
     this.#options = options;
-    this.#maxLength = options.maxLength;
+    this.#shares = new Shares(options.maxLength);
     this.breaker = options.breaker;
     this.#upstream = { limit: options.upstreamLimit, used: 0 };
   }
 
   /** Waiting requests per model from now on; a longer queue is not shortened, it takes nobody in. */
   set maxLength(maxLength: number) {
-    this.#maxLength = maxLength;
-    for (const { places } of this.#shares.values()) places.limit = maxLength;
+    this.#shares.maxLength = maxLength;
   }
 
   /** `queue.turnMs` from now on. */
@@ -121,9 +115,7 @@ export class Fleet {
   apply(snapshot: Snapshot): void {
     const present = new Set<string>();
     const turned: Live[] = [];
-    for (const model of snapshot.models) {
-      this.#share(model.name).running.limit = model.concurrency ?? Infinity;
-    }
+    this.#shares.limit(snapshot.models);
     for (const backend of snapshot.backends) {
       const live = this.#liveOf(backend);
       present.add(backend.id);
@@ -142,11 +134,7 @@ export class Fleet {
     for (const [id, live] of this.#lives) {
       if (!present.has(id) && this.#lives.delete(id)) this.#close(live);
     }
-    const names = new Set(snapshot.models.map(({ name }) => name));
-    for (const [name, { running, places }] of this.#shares) {
-      // Those that still run or wait somewhere lower these very counters when they end.
-      if (!names.has(name) && running.used + places.used === 0) this.#shares.delete(name);
-    }
+    this.#shares.keep(snapshot.models);
     for (const live of turned) this.#run(live, { type: "recall" });
     this.#offer();
   }
@@ -155,7 +143,7 @@ export class Fleet {
     const reports = reportsResidency(live, health);
     live.loaded = loadedIn(live.targets);
     const lanes = [...live.targets].map(([model, { slots }]) => {
-      const { running, places } = this.#share(model);
+      const { running, places } = this.#shares.of(model);
       const loaded = !reports || live.loaded.has(model);
       return { model, slots, shared: [running, this.#upstream], places, loaded };
     });
@@ -168,7 +156,11 @@ export class Fleet {
     this.#shareGpu(live, null);
     this.#run(live, { type: "configure", available: false, concurrency: 0, lanes: [] });
     clearTimeout(live.timer);
-    if (live.scheduler.backend.used > 0) this.#leaving.add(live);
+    if (isAtWork(live)) this.#leaving.add(live);
+  }
+
+  #forgetLeaving() {
+    for (const live of this.#leaving) if (!isAtWork(live)) this.#leaving.delete(live);
   }
 
   /** The targets of a ticket's model as selection wants them, in the snapshot's order. */
@@ -217,7 +209,7 @@ export class Fleet {
 
   /** What selection among equals of this model remembers. */
   creditOf(model: string): Credit {
-    return this.#share(model).credit;
+    return this.#shares.of(model).credit;
   }
 
   engineFor(backend: string): Engine | undefined {
@@ -256,13 +248,20 @@ export class Fleet {
         if (this.#asking.get(ticket) !== asking) return;
         this.#asking.delete(ticket);
         this.#run(live, { type: "cancel", ticket });
+        // Where turns are shared it may have been in the way of others.
+        this.#offer();
       },
     };
   }
 
-  /** A request that was refused has been served by another model: it does not come back when it was told to. */
-  forgive(id: string): void {
-    for (const live of this.#lives.values()) this.#run(live, { type: "served", id });
+  /**
+   * A request that was refused does not come back when it was told to: another model has served it, or has
+   * refused it as well, and it was told what holds for the one that it asked for.
+   *
+   * @param except that one; null: for none.
+   */
+  forgive(id: string, except: string | null): void {
+    for (const live of this.#lives.values()) this.#run(live, { type: "forgive", id, except });
   }
 
   /** How long the last load of a model there ran within `from` and now, and since when; null: it did not. */
@@ -341,19 +340,6 @@ export class Fleet {
     }
   }
 
-  #share(model: string): Share {
-    let share = this.#shares.get(model);
-    if (share === undefined) {
-      share = {
-        running: { limit: Infinity, used: 0 },
-        places: { limit: this.#maxLength, used: 0 },
-        credit: new Map(),
-      };
-      this.#shares.set(model, share);
-    }
-    return share;
-  }
-
   #liveOf(backend: Backend): Live {
     const { id } = backend;
     const key = keyOf(backend);
@@ -393,6 +379,12 @@ export class Fleet {
         case "refuse":
         case "expire": {
           const cause = effect.type === "refuse" ? effect.cause : "expired";
+          const isNew = event.type === "arrive" && event.ticket === effect.ticket;
+          if (cause === "full" && isNew && asking !== undefined && this.#makeRoom(event.ticket)) {
+            this.#asking.set(event.ticket, asking);
+            this.#run(live, event);
+            break;
+          }
           // What cannot be loaded here may be loaded elsewhere.
           if (cause === "load_failed" && this.isServed(effect.ticket, live)) {
             asking?.decide({ type: "reselect" });
@@ -404,6 +396,13 @@ export class Fleet {
         }
       }
     }
+  }
+
+  /** The places of a model are shared by all its backends: somebody who waits at another may have too many. */
+  #makeRoom(newcomer: Ticket): boolean {
+    const loser = loserAmong([...this.#lives.values()], newcomer);
+    if (loser !== null) this.#run(loser.live, { type: "yield", ticket: loser.ticket });
+    return loser !== null;
   }
 
   /** Runs one change of models to its end, whoever comes or leaves. Never rejects. */
@@ -430,6 +429,10 @@ export class Fleet {
       wanted !== null && there.includes(wanted.live) ? wanted.live : (there[0] ?? live);
     if (changed.loaded === false) this.#run(teller, { type: "loadFailed", loaded });
     else this.#run(teller, { type: "loaded", loadMs: changed.loaded ? ms : null, loaded });
+    for (const each of [...this.#lives.values(), ...this.#leaving]) {
+      this.#shareGpu(each, each.nextGpu);
+    }
+    this.#forgetLeaving();
     this.#offer();
   }
 
@@ -441,9 +444,11 @@ export class Fleet {
   }
 
   #shareGpu(live: Live, gpu: string | null) {
-    if (live.gpu === gpu) return;
+    live.nextGpu = gpu;
+    // Whose turns it shares now wait for its load, or it for theirs.
+    if (live.gpu === gpu || live.scheduler.turns.change !== null) return;
     live.gpu = gpu;
-    const turns = turnsOf(gpu, this.#gpus, [...this.#lives.values()]);
+    const turns = turnsOf(gpu, this.#gpus, [...this.#lives.values(), ...this.#leaving]);
     turns.turnMs = this.#turnMs;
     this.#run(live, { type: "share", turns, prefix: gpu === null ? "" : prefixOf(live) });
   }
@@ -472,7 +477,7 @@ export class Fleet {
       breaker: () => this.breaker,
       run: (event) => this.#run(live, event),
       offer: () => {
-        if (live.scheduler.backend.used === 0) this.#leaving.delete(live);
+        this.#forgetLeaving();
         this.#offer();
       },
     });

@@ -5,9 +5,11 @@ import {
   createScheduler,
   hasRoom,
   nextOf,
+  positionOf,
   type SchedulerState,
   type Ticket,
 } from "../core/lanes.ts";
+import { loserTo } from "../core/fairness.ts";
 import type { Pace } from "../core/pace.ts";
 import { createPrefixIndex, type PrefixIndex } from "../core/prefix.ts";
 import type { Backend, Health, Model, Snapshot, Target } from "../core/snapshot.ts";
@@ -57,6 +59,8 @@ export interface Live {
   loads: Map<string, Load>;
   /** The GPU whose turns it shares; null: it has its own. */
   gpu: string | null;
+  /** The one whose turns it is to share, once the change of models under way is over. */
+  nextGpu: string | null;
   /** Ends the change of models under way. */
   change: AbortController | null;
   timer: ReturnType<typeof setTimeout> | undefined;
@@ -88,9 +92,15 @@ export function createLive(backend: Backend): Live {
     loaded: new Set(),
     loads: new Map(),
     gpu: null,
+    nextGpu: null,
     change: null,
     timer: undefined,
   };
+}
+
+/** Does anything run there, or is anything being loaded there or where it shares a GPU? */
+export function isAtWork({ scheduler }: Live): boolean {
+  return scheduler.backend.used > 0 || scheduler.turns.change !== null;
 }
 
 const TIERS: readonly Health[] = ["healthy", "degraded", "unknown"];
@@ -126,8 +136,8 @@ function isBetterOff(
   for (const other of lives) {
     const tier = TIERS.indexOf(other.health);
     if (tier === -1 || tier > best || !couldServe(other, ticket, settings, now)) continue;
-    // To a trial nobody is sent who has a place.
-    if (other.guard.admits(ticket.model, settings, now) !== "any") continue;
+    // To a trial nobody is sent who has a place; where it waits it may be one itself, and is chosen again.
+    if (other !== live && other.guard.admits(ticket.model, settings, now) !== "any") continue;
     if (tier < best) able = [];
     best = tier;
     able.push(other);
@@ -160,12 +170,30 @@ function couldServe(
 ): boolean {
   return (
     scheduler.available &&
-    scheduler.lanes.has(model) &&
+    // Without slots: taken out, and still at work.
+    (scheduler.lanes.get(model)?.slots.limit ?? 0) > 0 &&
     health !== "unhealthy" &&
     !barred.has(id) &&
     guard.admits(model, settings, now) !== null &&
     coolsUntil(scheduler, model, now) === null
   );
+}
+
+/**
+ * Of those who wait for the same model somewhere the one that should give up its place to a newcomer, for
+ * whom none is left; null: nobody.
+ */
+export function loserAmong(
+  lives: readonly Live[],
+  newcomer: Ticket,
+): { live: Live; ticket: Ticket } | null {
+  const lanes = lives.flatMap(({ scheduler }) => scheduler.lanes.get(newcomer.model) ?? []);
+  // Where fewer are allowed than before, one that goes makes no room.
+  if (lanes.some(({ places }) => places.used > places.limit)) return null;
+  const lines = lanes.map(({ line }) => line);
+  const ticket = loserTo(lines, newcomer);
+  const live = lives.find(({ scheduler }) => ticket !== null && positionOf(scheduler, ticket) >= 0);
+  return ticket === null || live === undefined ? null : { live, ticket };
 }
 
 /** A backend's targets, by the public name of their model. */

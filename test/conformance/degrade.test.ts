@@ -665,7 +665,7 @@ describe("tenants", () => {
   });
 });
 
-describe("whoever was degraded does not come back", () => {
+describe("a promise is for the model that was asked for", () => {
   let fleet: Fleet<"big" | "small">;
   before(async () => {
     const backend = { ...QUIET, concurrency: 1 };
@@ -677,12 +677,10 @@ describe("whoever was degraded does not come back", () => {
       { queue: { maxLength: 1 }, models: { big: { fallback: "small" } } },
     );
   });
-  after(async () => {
-    await clear(fleet);
-    await fleet.close();
-  });
+  afterEach(() => clear(fleet));
+  after(() => fleet.close());
 
-  it("and puts off nobody who is told to", TIMEOUT, async () => {
+  it("and for nobody whom a smaller one has served", TIMEOUT, async () => {
     // Nothing of it has been measured: an answer counts as 10 s.
     await occupy(fleet, fleet.engines.big, "big", 1);
     for (let each = 0; each < 10; each++) {
@@ -692,5 +690,19 @@ describe("whoever was degraded does not come back", () => {
     expectError(refused, 429, "rate_limit_exceeded");
     const seconds = Number(refused.headers.get("retry-after"));
     assert.ok(seconds <= 22, `${seconds} s, and ten were served elsewhere`);
+  });
+
+  it("and not for the smaller one that refused it as well", TIMEOUT, async () => {
+    await occupy(fleet, fleet.engines.big, "big", 1);
+    await occupy(fleet, fleet.engines.small, "small", 1);
+    const ask = (model: string) => openaiChat(fleet.url, { model });
+    const answers = [];
+    for (let each = 0; each < 10; each++) answers.push(await ask("big"));
+    const secondsOf = ({ headers }: Answer) => Number(headers.get("retry-after"));
+    for (const answer of answers) expectError(answer, 429, "rate_limit_exceeded");
+    assert.ok(secondsOf(answers.at(-1) as Answer) >= 50, "each is told a later time");
+    const small = await ask("small");
+    expectError(small, 429, "rate_limit_exceeded");
+    assert.ok(secondsOf(small) <= 22, `${secondsOf(small)} s, and they come back for big`);
   });
 });

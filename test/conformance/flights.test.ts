@@ -465,6 +465,23 @@ describe("flights in the queue", () => {
     await isQuiet(gateway);
   });
 
+  it("is not shared by who has a use for an early first token only", TIMEOUT, async () => {
+    const { gateway, url, engines } = fleet;
+    const blocker = await block();
+    const body = sureChat("in time");
+    const soon = ask(url, body, { ...key, "x-slo-ttft-ms": "300" });
+    const patient = ask(url, body, key);
+    const late = await soon.answer;
+    expectError(late as Answer, 429, "rate_limit_exceeded");
+    assert.match((late as Answer).text, /x-slo-ttft-ms/);
+    assert.ok(await isQueued(1));
+    engines.a.thaw();
+    assert.equal((await blocker.answer)?.status, 200);
+    const served = await patient.answer;
+    assert.equal(served?.status, 200, served?.text ?? "");
+    await isQuiet(gateway);
+  });
+
   it("leaves the queue with the last who waits", TIMEOUT, async () => {
     const { gateway, url, engines } = fleet;
     const blocker = await block();

@@ -334,7 +334,8 @@ describe("promise", () => {
     arrive(state, 1);
     const [first, second] = [impatient(), impatient()];
     assert.deepEqual([promise(state, first, 0), promise(state, second, 0)], [1000, 2000]);
-    step(state, { type: "served", id: first.id }, 0);
+    step(state, { type: "forgive", id: first.id, except: "m" }, 0);
+    step(state, { type: "forgive", id: second.id, except: null }, 0);
     assert.equal(promise(state, impatient(), 0), 2000);
   });
 

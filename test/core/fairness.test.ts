@@ -217,6 +217,18 @@ describe("flows", () => {
     assert.equal(house.flows, 0, "nobody waits, nobody runs");
   });
 
+  it("that come once each are forgotten, also where somebody always runs or waits", () => {
+    for (const waiting of [0, 1]) {
+      const house = busy();
+      for (let each = 0; each < waiting; each++) house.arrive(ticket("w", { arrivedAt: 1e9 }));
+      for (let session = 0; session < 2000; session++) {
+        house.arrive(ticket(`s${session}`, { arrivedAt: session }));
+        house.complete(house.running[0] as Ticket);
+        assert(house.flows <= 300, `${house.flows} flows`);
+      }
+    }
+  });
+
   it("are those of one model: another model's requests are another account", () => {
     const house = new House({ models: ["m", "n"] });
     house.arrive(ticket("a"), ticket("-", { model: "n" }));

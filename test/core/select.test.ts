@@ -19,6 +19,7 @@ function candidate(backend: string, more: Partial<Omit<Candidate, "target">> = {
     vacant: free,
     resident: true,
     familiar: false,
+    late: false,
     roomy: true,
     weight: 1,
     failedAt: null,
@@ -62,6 +63,18 @@ describe("select", () => {
     const late = candidate("late", { free: false, startMs: 10_000, firstTokenMs: 10_000 });
     assert.equal(pick([late, candidate("free", { firstTokenMs: 11_000 })])?.[0], "free");
     assert.equal(pick([late, candidate("free", { firstTokenMs: 11_001 })])?.[0], "late");
+  });
+
+  it("leaves out who would start too late, unless all would", () => {
+    const late = candidate("late", { free: false, startMs: 500, firstTokenMs: 600, late: true });
+    const slow = candidate("slow", { firstTokenMs: 3000 });
+    assert.equal(pick([late, slow])?.[0], "slow");
+    assert.equal(pick([late, { ...slow, late: true }])?.[0], "late");
+    assert.equal(
+      pick([late, { ...slow, roomy: false }])?.[0],
+      "late",
+      "the prompt has to fit first",
+    );
   });
 
   it("says that a prefix has decided, or what is loaded", () => {

@@ -48,6 +48,7 @@ export class TurnWorld {
   now = 0;
   /** The most that have waited at once for one model. */
   longest = 0;
+  readonly #obedient = new Set<Ticket>();
   #due: Due[] = [];
   #timerAt = Infinity;
   #changing: { model: string | null; must: number } | null = null;
@@ -111,6 +112,17 @@ export class TurnWorld {
   /** A client that asks again whenever it has its answer. */
   loop(at: number, model: string, priority: Priority = "default"): void {
     this.loops.add(this.arrive(at, model, priority));
+  }
+
+  /** A client with so much patience that comes back when it was told to. */
+  obey(at: number, model: string, patienceMs: number): void {
+    this.#obedient.add(this.arrive(at, model, "default", at + patienceMs));
+  }
+
+  #comeBack({ ticket }: Job, retryAfterMs: number): void {
+    if (!this.#obedient.has(ticket)) return;
+    const patienceMs = ticket.deadlineAt - ticket.arrivedAt;
+    this.obey(this.now + Math.ceil(retryAfterMs / 1000) * 1000, ticket.model, patienceMs);
   }
 
   cancel(at: number, ticket: Ticket): void {
@@ -194,12 +206,16 @@ export class TurnWorld {
         return this.#start(job);
       case "refuse":
         job.ending = "refused";
+        assert(effect.retryAfterMs > 0);
+        this.#comeBack(job, effect.retryAfterMs);
+        if (effect.cause === "late") break;
         assert.equal(effect.cause, "load_failed");
         assert(this.broken.has(job.ticket.model), "refuses only those of the model that failed");
-        assert(effect.retryAfterMs > 0 && effect.retryAfterMs <= 80_000);
+        assert(effect.retryAfterMs <= 80_000);
         break;
       case "expire":
         job.ending = "expired";
+        this.#comeBack(job, effect.retryAfterMs);
         break;
       case "reselect":
         assert.fail("nobody is sent away");

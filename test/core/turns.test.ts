@@ -3,6 +3,7 @@ import assert from "node:assert/strict";
 import process from "node:process";
 import { describe, it } from "node:test";
 import fc from "fast-check";
+import { step } from "../../src/core/scheduler.ts";
 import { turnLength } from "../../src/core/turns.ts";
 import { TurnWorld, type Setting } from "./turn-world.ts";
 
@@ -63,6 +64,48 @@ describe("turns", () => {
     }
     const served = world.order.filter((model) => model === "a").length;
     assert(served * 170 >= 0.85 * 120_000, `A got ${served * 170} ms of service`);
+  });
+
+  for (const patienceMs of [0, 1000, 9000]) {
+    it(`loads a model for who waits for ${patienceMs} ms only, where a load takes 10 s`, () => {
+      const world = new TurnWorld({ ...BASE, models: ["a"], loadMs: 10_000 });
+      world.learn();
+      world.obey(0, "a", patienceMs);
+      world.run(60_000);
+      const endings = [...world.jobs.values()].map(({ ending }) => ending);
+      assert.equal(endings.at(-1), "done", endings.join());
+      assert(endings.length <= 3, endings.join());
+      assert.equal(world.loads.length, 1);
+    });
+  }
+
+  it("serves a user of B beside a batch on A also where a turn is longer than anybody waits", () => {
+    const setting = { ...BASE, models: ["a", "b"], loaded: ["a"], loadMs: 40_000, serviceMs: 2000 };
+    const world = new TurnWorld(setting);
+    world.learn();
+    for (let at = 0; at < 6; at++) world.loop(at, "a");
+    const hour = 3_600_000;
+    for (let at = 5000; at < hour; at += 5000) world.arrive(at, "b", "default", at + 120_000);
+    world.obey(7000, "b", 120_000);
+    world.run(hour);
+    const served = [...world.jobs.values()].filter(({ ending }) => ending === "done");
+    const ofB = served.filter(({ ticket }) => ticket.model === "b").length;
+    assert(ofB >= 200, `${ofB} of b in an hour`);
+    assert(served.length * 2000 >= 0.6 * hour, `${served.length} in all`);
+    const turn = turnLength("auto", 40_000, 2000, 1);
+    assert(world.loads.length <= 2 * (hour / turn) + 2, `${world.loads.length} loads`);
+  });
+
+  it("asks an engine once to put a model out, whether it does or not", () => {
+    const world = new TurnWorld({ ...BASE, models: ["a"], loaded: ["a"] });
+    const { state } = world;
+    const [effect] = step(state, { type: "unload", model: "a" }, 0);
+    assert.deepEqual(effect, { type: "load", model: null, unload: ["a"] });
+    const kept = { type: "loaded", loadMs: null, loaded: new Set(["a"]) } as const;
+    assert.deepEqual(step(state, kept, 10), []);
+    world.arrive(20, "a");
+    world.run();
+    assert.deepEqual(world.order, ["a"]);
   });
 
   it("lets a better class wait for four loads only where the turn's work is all of a lower one", () => {

@@ -187,6 +187,21 @@ describe("admit", () => {
     assert.deepEqual(house.usage, [1, 0]);
   });
 
+  it("lets everything else run, were it told to choose again without end", async () => {
+    const house = new House({ m: ["a"] });
+    const nowhere = { position: () => -1, reason: () => "", etaMs: () => 0, leave: () => {} };
+    house.fleet.enqueue = (_ticket, _target, decide) => {
+      decide({ type: "reselect" });
+      return nowhere;
+    };
+    const exchange = house.request("m");
+    const admission = refusal(house.admit(exchange));
+    await new Promise((resolve) => setImmediate(resolve));
+    exchange.cancel();
+    house.advance(1);
+    assert.equal((await admission).code, "client_closed_request");
+  });
+
   it("refuses when the queue is full, with a time to come back", async () => {
     const house = new House({ m: ["a"] });
     await house.admit(house.request("m"));

@@ -636,6 +636,7 @@ describe("candidates", () => {
       vacant: true,
       resident: true,
       familiar: false,
+      late: false,
       roomy: true,
       weight: 3,
       failedAt: null,
