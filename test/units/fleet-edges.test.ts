@@ -420,17 +420,19 @@ describe("a tenant that has taken all places, over two backends", () => {
     const backends = { a: {}, b: {} };
     world = new World({ backends, models: { m: ["a", "b"] } }, { maxLength: 5 });
     const asks = (flow: string, backend: string) => world.ask("m", backend, { flow });
-    const many = ["a", "a", "a", "a"].map((backend) => asks("many", backend));
-    const few = ["b", "b", "b"].map((backend) => asks("few", backend));
+    asks("many", "a");
+    asks("few", "b");
+    const many = ["a", "a", "a"].map((backend) => asks("many", backend));
+    const few = ["b", "b"].map((backend) => asks("few", backend));
     assert.deepEqual(asks("many", "a").said, ["refused"]);
-    assert.ok([...many, ...few].every(({ said }) => !said.includes("refused")));
+    assert.ok([...many, ...few].every(({ said }) => said.length === 0));
   });
 
   it("puts nobody out where fewer may wait than before", () => {
     const backends = { a: {}, b: {} };
     world = new World({ backends, models: { m: ["a", "b"] } }, { maxLength: 10 });
     const asks = (flow: string, backend: string) => world.ask("m", backend, { flow });
-    asks("crowd", "b");
+    for (const backend of ["a", "b"]) asks("crowd", backend);
     const crowd = Array.from({ length: 10 }, () => asks("crowd", "a"));
     world.fleet.maxLength = 2;
     assert.deepEqual(asks("other", "b").said, ["refused"]);
