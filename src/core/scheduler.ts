@@ -27,6 +27,8 @@ import {
   isDrained,
   keepWish,
   narrowGate,
+  noteComing,
+  noteLeaving,
   planTurn,
   refresh,
   reportResidency,
@@ -129,8 +131,7 @@ export function step(state: SchedulerState, event: SchedulerEvent, now: number):
       arrive(state, event.ticket, now, effects);
       break;
     case "cancel":
-      // The gate may have waited for this one, and nothing else but the next model for the gate.
-      if (take(state, event.ticket) && state.turns.active) serve(state, now, effects);
+      cancel(state, event.ticket, now, effects);
       break;
     case "chunk":
       chargeMore(state, event.ticket, event.tokens);
@@ -247,6 +248,7 @@ function arrive(state: SchedulerState, ticket: Ticket, now: number, effects: Sch
     serve(state, now, effects);
   } else if (lane.places.used < lane.places.limit || makeRoom(state, lane, ticket, now, effects)) {
     lane.promises.delete(ticket.id);
+    noteComing(lane, now);
     join(lane.line, ticket);
     lane.places.used++;
     state.waiting++;
@@ -297,6 +299,14 @@ function reselect(state: SchedulerState, ticket: Ticket, effects: SchedulerEffec
 
 function recall(state: SchedulerState, lane: Lane, effects: SchedulerEffect[]) {
   for (const ticket of oldestFirst(lane)) reselect(state, ticket, effects);
+}
+
+function cancel(state: SchedulerState, ticket: Ticket, now: number, effects: SchedulerEffect[]) {
+  const lane = state.lanes.get(ticket.model);
+  if (lane === undefined || !take(state, ticket) || !state.turns.active) return;
+  noteLeaving(lane, ticket.arrivedAt, now);
+  // The gate may have waited for this one, and nothing else but the next model for the gate.
+  serve(state, now, effects);
 }
 
 function oldestFirst(lane: Lane): Ticket[] {

@@ -28,6 +28,8 @@ export interface Stay {
   retryAt: number;
   /** Somebody wants it loaded without a request of their own. */
   asked: { at: number; mayEvict: boolean } | null;
+  /** Somebody has left who waited for it, the first one since then, the last one at that time. */
+  left: { since: number; at: number } | null;
   /** Somebody wants it out, once nothing runs there. */
   unwanted: boolean;
 }
@@ -101,6 +103,7 @@ export function createStay(loaded: boolean): Stay {
     failures: 0,
     retryAt: -Infinity,
     asked: null,
+    left: null,
     unwanted: false,
   };
 }
@@ -153,7 +156,7 @@ function workOf(lane: Contender | undefined): number {
 /** Since when somebody has wanted this model, which is not loaded; null: nobody does. */
 export function wantedSince({ stay, line }: Contender): number | null {
   if (line.waiting === 0) return stay.asked?.at ?? null;
-  let oldest = stay.asked?.at ?? Infinity;
+  let oldest = Math.min(stay.asked?.at ?? Infinity, stay.left?.since ?? Infinity);
   for (const { arrivedAt } of claimsIn(line)) oldest = Math.min(oldest, arrivedAt);
   return oldest;
 }
@@ -319,7 +322,7 @@ export function reportResidency(
     } else if (stay.residency !== "loaded") {
       Object.assign(stay, { residency: "loaded", since: now, gate: line.waiting });
       // Whoever loaded it: it can be loaded, and whoever waits when it goes is not to wait for a cool-down.
-      Object.assign(stay, { failures: 0, asked: null, retryAt: -Infinity });
+      Object.assign(stay, { failures: 0, asked: null, left: null, retryAt: -Infinity });
     }
   }
   seenTogether(turns.fit, residents(turns));
@@ -428,6 +431,21 @@ export function keepWish(turns: Turns, { stay }: Contender, since: number): void
   if (stay.residency !== "cold") return;
   stay.asked = { at: Math.min(since, stay.asked?.at ?? Infinity), mayEvict: true };
   refresh(turns);
+}
+
+/**
+ * Somebody has left who waited for a model that is not loaded. For that nobody loads it; but who comes soon
+ * after, mostly the same one again, need not wait for a whole turn from then on.
+ */
+export function noteLeaving({ stay }: Contender, since: number, now: number): void {
+  if (stay.residency !== "cold") return;
+  stay.left = { since: Math.min(since, stay.left?.since ?? Infinity), at: now };
+}
+
+/** Somebody is about to wait for a model. */
+export function noteComing({ stay, line }: Contender, now: number): void {
+  if (stay.left === null || line.waiting > 0 || now - stay.left.at <= LONGEST_TURN_MS) return;
+  stay.left = null;
 }
 
 /** Somebody who waited has gone, started or not: the gate is never more than who waits. */

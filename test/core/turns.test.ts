@@ -96,6 +96,24 @@ describe("turns", () => {
     assert(world.loads.length <= 2 * (hour / turn) + 2, `${world.loads.length} loads`);
   });
 
+  it("serves a user of B who leaves before the turn is over and comes back, again and again", () => {
+    const play = (pauseMs: number) => {
+      const world = new TurnWorld({ ...BASE, models: ["a", "b"], loaded: ["a"], loadMs: 5000 });
+      world.learn();
+      for (const at of [0, 1]) world.loop(at, "a");
+      for (let at = 10_000; at < 600_000; at += 20_000 + pauseMs) {
+        world.cancel(at + 20_000 - 1, world.arrive(at, "b"));
+      }
+      world.run(600_000);
+      const ofB = [...world.jobs.values()].filter(({ ticket }) => ticket.model === "b");
+      return { served: ofB.filter(({ ending }) => ending === "done").length, loads: world.loads };
+    };
+    const { served, loads } = play(1000);
+    assert(served >= 5, `${served} of b`);
+    assert(loads.length <= 2 * (600_000 / 60_000) + 2, `${loads.length} loads`);
+    assert.equal(play(100_000).served, 0, "long ago is another one's wish");
+  });
+
   it("asks an engine once to put a model out, whether it does or not", () => {
     const world = new TurnWorld({ ...BASE, models: ["a"], loaded: ["a"] });
     const { state } = world;
