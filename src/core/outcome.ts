@@ -22,7 +22,7 @@ export type Fault =
   | "timeout"
   /** 4xx: the request is at fault. */
   | "rejected"
-  /** 401, 403, 3xx: the backend is set up wrongly, for every request alike. */
+  /** 401, 403, 3xx: the backend is set up wrongly, for every request alike; another one may not be. */
   | "misconfigured"
   /** The engine cannot do this at all; another one may. */
   | "unsupported"
@@ -69,7 +69,7 @@ const VERDICTS: Record<Fault, Verdict> = {
   // Silence does not tell whose it is: another model may still speak there.
   timeout: { outcome: "failure", backend: "ignore", model: "failure", retry: "elsewhere" },
   rejected: neutral("ignore", "no"),
-  misconfigured: neutral("ignore", "no"),
+  misconfigured: neutral("ignore", "elsewhere"),
   unsupported: neutral("ignore", "elsewhere"),
   ended: neutral("ignore", "no"),
 };

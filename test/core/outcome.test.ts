@@ -21,7 +21,7 @@ const EXPECTED: Record<Fault, Row> = {
   incomplete: ["failure", "failure", "ignore", "elsewhere", "truncated, or without its end"],
   timeout: ["failure", "ignore", "failure", "elsewhere", "another model may still speak there"],
   rejected: ["ignore", "ignore", "ignore", "no", "4xx is neutral and not retried"],
-  misconfigured: ["ignore", "ignore", "ignore", "no", "wrong for every request alike"],
+  misconfigured: ["ignore", "ignore", "ignore", "elsewhere", "another one may be set up right"],
   unsupported: ["ignore", "ignore", "ignore", "elsewhere", "another engine may be able to"],
   ended: ["ignore", "ignore", "ignore", "no", "a client's abort changes nothing"],
 };
