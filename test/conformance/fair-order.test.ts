@@ -1,7 +1,7 @@
 /** Whose turn it is: weights, priorities, and a queue that nobody fills against the others. */
 import assert from "node:assert/strict";
 import { after, afterEach, before, describe, it } from "node:test";
-import { chatBody, send, until, type Answer } from "../support/client.ts";
+import { chatBody, connect, postBytes, send, until, type Answer } from "../support/client.ts";
 import type { Fleet } from "../support/fleet.ts";
 import { startFleet } from "../support/fleet.ts";
 import { by, isQuiet, withKeys } from "../support/tenants.ts";
@@ -104,5 +104,60 @@ describe("one slot and several tenants", () => {
     const statuses = (await Promise.all(flood)).map(({ status }) => status);
     assert.equal(statuses.filter((status) => status === 200).length, PLACES - 1);
     await isQuiet(fleet.gateway);
+  });
+});
+
+describe("where there are no tenants", () => {
+  let fleet: Fleet<"a">;
+  before(async () => {
+    const backend = { healthInterval: 60_000, concurrency: 1 };
+    fleet = await startFleet({ a: { models: ["test-model"], backend } }, {});
+  });
+  afterEach(() => fleet.reset());
+  after(() => fleet.close());
+
+  const waiting = () => fleet.gateway.metric("tidegate_queue_requests");
+  const textOf = (content: string) => chatBody({ messages: [{ role: "user", content }] });
+
+  /** Five of one, then one of another, behind one that runs: in which order they are served. */
+  async function orderOf(
+    ask: (who: "many" | "one", body: Record<string, unknown>) => Promise<unknown>,
+  ): Promise<string[]> {
+    const { a } = fleet.engines;
+    a.behave({ headersDelayMs: 60_000 });
+    const leaving = new AbortController();
+    const init = { signal: leaving.signal };
+    const holder = send(`${fleet.url}/v1/chat/completions`, textOf("holder"), init);
+    holder.catch(() => {});
+    assert.ok(await until(() => a.activeGenerations() === 1));
+    const asked: Promise<unknown>[] = [];
+    for (const who of ["many", "many", "many", "many", "many", "one"] as const) {
+      asked.push(ask(who, textOf(who)));
+      assert.ok(await until(async () => (await waiting()) === asked.length));
+    }
+    a.behave({ headersDelayMs: 0 });
+    leaving.abort();
+    assert.ok(await until(() => a.inference().length === 7));
+    await Promise.all(asked);
+    await isQuiet(fleet.gateway);
+    const texts = a.inference().map(({ json }) => json.messages as [{ content: string }]);
+    return texts.slice(1).map(([{ content }]) => content);
+  }
+
+  it("slots are shared between sessions", TIMEOUT, async () => {
+    const order = await orderOf((who, body) =>
+      send(`${fleet.url}/v1/chat/completions`, body, { headers: { "x-session-id": who } }),
+    );
+    assert.ok(order.indexOf("one") <= 1, order.join());
+  });
+
+  it("else between addresses", TIMEOUT, async () => {
+    const order = await orderOf(async (who, body) => {
+      const client = await connect(fleet.gateway.port, who === "one" ? "127.0.0.2" : "127.0.0.1");
+      client.write(postBytes("/v1/chat/completions", body));
+      assert.ok(await until(() => client.status() === 200));
+      client.leave("close");
+    });
+    assert.ok(order.indexOf("one") <= 1, order.join());
   });
 });

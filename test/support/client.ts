@@ -188,8 +188,8 @@ export interface RawClient {
   closed: Promise<void>;
 }
 
-export async function connect(port: number): Promise<RawClient> {
-  const socket = net.connect({ port, host: "127.0.0.1" });
+export async function connect(port: number, localAddress = "127.0.0.1"): Promise<RawClient> {
+  const socket = net.connect({ port, host: "127.0.0.1", localAddress });
   socket.setNoDelay(true);
   let parts: Buffer[] = [];
   let isClosed = false;
