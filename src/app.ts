@@ -168,7 +168,12 @@ function corsForAllowed(plane: Plane) {
   });
   return async (context: Context, next: () => Promise<void>): Promise<Response | void> => {
     if (context.req.raw.headers.get("origin") === null) return next();
-    checkOrigin(context.req.raw.headers, plane.access);
+    try {
+      checkOrigin(context.req.raw.headers, plane.access);
+    } catch {
+      // Refused further in, where it is told of; its page may not read why.
+      return next();
+    }
     if (context.req.method === "OPTIONS") context.header("x-request-id", crypto.randomUUID());
     return allow(context, next);
   };

@@ -184,7 +184,14 @@ describe("origins and hosts", () => {
         headers: { "access-control-request-method": "POST" },
       });
       assert.equal(preflight.status, 403, origin);
-      assert.equal((await openaiChat(open.url, {}, { headers: { origin } })).status, 403);
+      const chat = await openaiChat(open.url, {}, { headers: { origin } });
+      expectError(chat, 403, "origin_not_allowed");
+      const id = chat.headers.get("x-request-id") ?? "";
+      const { status, cause, cache } = await open.gateway.record(id);
+      assert.deepEqual(
+        [status, cause, cache],
+        [403, "origin_not_allowed", "bypass;reason=refused"],
+      );
     }
     assert.equal(open.engines.a.inference().length, 0);
   });
