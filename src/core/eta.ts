@@ -1,4 +1,4 @@
-import { aheadOf, claimsIn, rankOf } from "./fairness.ts";
+import { aheadOf, claimsIn, rankOf, waitsIn } from "./fairness.ts";
 import {
   mayStart,
   slotsOf,
@@ -35,6 +35,8 @@ interface View {
   state: SchedulerState;
   now: number;
   guess: Guess;
+  /** Lane and class of a ticket that does not wait yet: it counts as if it did, or would be sent to and fro. */
+  comes: { lane: Contender; rank: number } | null;
 }
 
 /** A request that runs for longer than usual still has this share of a usual one to go, */
@@ -60,7 +62,8 @@ export function startIn(
 ): number {
   const lane = state.lanes.get(ticket.model);
   if (lane === undefined || (lane.line.waiting === 0 && mayStart(state, lane))) return 0;
-  return startBehind({ state, now, guess }, lane, ticket, aheadOf(lane.line, ticket));
+  const comes = waitsIn(lane.line, ticket) ? null : { lane, rank: rankOf(ticket) };
+  return startBehind({ state, now, guess, comes }, lane, ticket, aheadOf(lane.line, ticket));
 }
 
 /**
@@ -72,7 +75,7 @@ export function promise(state: SchedulerState, ticket: Ticket, now: number): num
   if (lane === undefined) return 1;
   const { places, promises } = lane;
   for (const [id, at] of promises) if (at <= now || id === ticket.id) promises.delete(id);
-  const view = { state, now, guess: FIRST_GUESS };
+  const view = { state, now, guess: FIRST_GUESS, comes: { lane, rank: rankOf(ticket) } };
   const behind = (ahead: number) => startBehind(view, lane, ticket, ahead);
   const startMs = behind(aheadOf(lane.line, ticket) + promises.size);
   const patienceMs = ticket.deadlineAt - ticket.arrivedAt;
@@ -97,7 +100,9 @@ export function jittered(retryAfterMs: number, random: number): number {
 
 /** When a request starts that so many others start before. */
 function startBehind(view: View, lane: Lane, ticket: Ticket, ahead: number): number {
-  const { residency, closing, gate } = lane.stay;
+  const { turns, prefix } = view.state;
+  const name = prefix + ticket.model;
+  const { residency, unwanted, gate } = lane.stay;
   const heldMs = heldIn(view);
   const ready = (behind: number, since: number | null) => {
     const readyMs = Math.max(heldMs, readyIn(view, lane, ticket, since));
@@ -105,9 +110,11 @@ function startBehind(view: View, lane: Lane, ticket: Ticket, ahead: number): num
     const slotMs = Math.floor(behind / slotsOf(view.state, lane)) * serviceOf(view, lane);
     return Math.max(readyMs + slotMs, backendIn(view, lane, ticket, behind));
   };
-  if (residency !== "loaded" || closing) return ready(ahead, wantedSince(lane));
+  // One that is only about to go may stay for who comes: its turn tells.
+  const isLeaving = unwanted || turns.change?.leaving.has(name) === true;
+  if (residency !== "loaded" || isLeaving) return ready(ahead, wantedSince(lane));
   const slotMs = slotIn(view, lane, ticket, ahead);
-  const overMs = overIn(view, lane, view.state.prefix + ticket.model);
+  const overMs = overIn(view, lane, name);
   if (ahead < gate || slotMs <= overMs) return Math.max(heldMs, slotMs);
   // The turn ends before, with those served who start until then, and comes again.
   const firstMs = slotIn(view, lane, ticket, 0);
@@ -118,17 +125,24 @@ function startBehind(view: View, lane: Lane, ticket: Ticket, ahead: number): num
 }
 
 /** When the turn of a loaded model ends though somebody waits; Infinity where nobody wants its memory. */
-function overIn({ state, now }: View, lane: Lane, name: string): number {
+function overIn(view: View, lane: Lane, name: string): number {
+  const { state, now, comes } = view;
   const { turns } = state;
   let over = Infinity;
   if (!turns.active) return over;
   for (const [other, wanted, since] of wishes(turns, now)) {
     if (wanted.stay.residency !== "cold") continue;
-    const { leaving, known } = placingFor(turns, other);
+    const { leaving, known } = placingFor(turns, other, residents(turns), comes?.lane);
     if (!leaving.includes(name)) continue;
-    over = Math.min(over, turnOver(turns, wanted, since, lane, known));
+    const own = rankIn(view, lane);
+    over = Math.min(over, turnOver(turns, wanted, since, lane, known, Infinity, own));
   }
   return over - now;
+}
+
+/** The class of who comes to this lane; Infinity where it is another one. */
+function rankIn({ comes }: View, lane: Contender): number {
+  return comes?.lane === lane ? comes.rank : Infinity;
 }
 
 /** For how long a busy engine is left alone: until its time is over, or somebody ends. */
@@ -263,11 +277,11 @@ function readyIn(view: View, lane: Lane, ticket: Ticket, wanted: number | null):
   /** When those who leave for a model have had their turn. */
   const placeFor = (name: string, each: Contender, since: number) => {
     resident.delete(name);
-    const { leaving, known } = placingFor(turns, name, resident);
+    const { leaving, known } = placingFor(turns, name, resident, view.comes?.lane);
     const rank = name === own ? rankOf(ticket) : Infinity;
     const ends = leaving.map((other) => {
       const stays = lanes.get(other) as Contender;
-      const over = turnOver(turns, each, since, stays, known, rank);
+      const over = turnOver(turns, each, since, stays, known, rank, rankIn(view, stays));
       return idleAt.get(other) ?? leaveIn(view, stays, over);
     });
     return { leaving, begins: Math.max(at, ...ends) };
@@ -307,9 +321,11 @@ function wishes({ lanes }: Turns, now: number): [string, Contender, number][] {
 
 /** When a loaded model has had its turn, which ends when nobody waits or, behind its gate, at `over`. */
 function leaveIn(view: View, lane: Contender, over: number): number {
+  const comes = lane === view.comes?.lane;
+  const waiting = lane.line.waiting + (comes ? 1 : 0);
   const drainMs = endings(view, [lane]).at(-1) ?? 0;
-  if (lane.line.waiting === 0 || lane.stay.closing) return drainMs;
-  const allMs = drainMs + workOf(view, lane, lane.line.waiting);
+  if (waiting === 0 || (lane.stay.closing && !comes)) return drainMs;
+  const allMs = drainMs + workOf(view, lane, waiting);
   const gateMs = drainMs + workOf(view, lane, lane.stay.gate);
   // Whoever has started by then ends first.
   const overMs = over > view.now ? over - view.now + serviceOf(view, lane) : 0;

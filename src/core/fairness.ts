@@ -251,10 +251,13 @@ export function aheadOf<T extends Claim>(line: Line<T>, claim: T): number {
   return ahead;
 }
 
+export function waitsIn<T extends Claim>(line: Line<T>, claim: T): boolean {
+  return classOf(line, claim).flows.get(claim.flow)?.waiting.includes(claim) === true;
+}
+
 /** The same of one that waits; -1 when it does not. */
 export function positionIn<T extends Claim>(line: Line<T>, claim: T): number {
-  const waits = classOf(line, claim).flows.get(claim.flow)?.waiting.includes(claim) === true;
-  return waits ? aheadOf(line, claim) : -1;
+  return waitsIn(line, claim) ? aheadOf(line, claim) : -1;
 }
 
 /** Tokens have flowed beyond what was expected: its flow is charged them at once. */

@@ -161,13 +161,21 @@ export function wantedSince({ stay, line }: Contender): number | null {
   return oldest;
 }
 
-/** Who must leave for this model. */
+/**
+ * Who must leave for this model.
+ *
+ * @param comes of these lanes the one for which one more is about to wait.
+ */
 export function placingFor(
   turns: Turns,
   model: string,
   resident: ReadonlySet<string> = residents(turns),
+  comes?: Contender,
 ): Placing {
-  return placing(turns.fit, resident, model, (each) => workOf(turns.lanes.get(each)));
+  return placing(turns.fit, resident, model, (each) => {
+    const lane = turns.lanes.get(each);
+    return workOf(lane) + (lane !== undefined && lane === comes ? 1 : 0);
+  });
 }
 
 /** A model that could be loaded next. */
@@ -229,6 +237,7 @@ function turnEnd(
  * keeps waiting bounded.
  *
  * @param rank the class of somebody who wants it, too, and is not in its line yet.
+ * @param own the same of somebody who wants the one that is loaded.
  */
 export function turnOver(
   turns: Turns,
@@ -237,6 +246,7 @@ export function turnOver(
   { stay, line, slots, serviceMs }: Contender,
   known: boolean,
   rank = Infinity,
+  own = Infinity,
 ): number {
   // Where two have never been tried together it is worth one early change to find out.
   if (!known) return -Infinity;
@@ -244,7 +254,7 @@ export function turnOver(
   let length = turnLength(turns.turnMs, loadMs, serviceMs, slots.limit);
   const head = headOf(wanted.line);
   const best = Math.min(rank, head === undefined ? Infinity : rankOf(head));
-  const isLower = best < bestRankIn(line);
+  const isLower = best < Math.min(own, bestRankIn(line));
   if (isLower && loadMs !== null) length = Math.min(length, LEAST_LOADS * loadMs);
   return Math.max(since, stay.since) + length;
 }

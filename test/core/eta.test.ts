@@ -452,6 +452,40 @@ describe("startIn: any backend", () => {
     );
   });
 
+  it("is the same for who comes as for who has come: nobody is sent to and fro", () => {
+    // Few and long ones, so that turns end while nobody waits for a model that is loaded and busy.
+    const times = fc.array(
+      fc.record({
+        serviceMs: fc.integer({ min: 500, max: 8000 }),
+        loadMs: fc.integer({ min: 100, max: 500 }),
+      }),
+      { minLength: 3, maxLength: 3 },
+    );
+    const longer = fc
+      .tuple(settings, times)
+      .map(([setting, each]) => ({ ...setting, times: each }));
+    const work = fc.array(
+      fc.record({ at: fc.nat({ max: 6000 }), model: fc.nat({ max: 2 }), rank: fc.nat({ max: 2 }) }),
+      { minLength: 1, maxLength: 10 },
+    );
+    const comes = { model: fc.nat({ max: 2 }), priority: fc.constantFrom(...CLASSES) };
+    const plans = fc.record({ setting: longer, work, ...comes });
+    fc.assert(
+      fc.property(plans, ({ model, priority, ...plan }) => {
+        const one = filled(plan, CLASSES);
+        const { state, now } = one;
+        const name = one.setting.models[model % one.setting.models.length] as string;
+        const newcomer = ticket(name, { arrivedAt: now, priority });
+        const before = startIn(state, newcomer, now);
+        const effects = step(state, { type: "arrive", ticket: newcomer }, now);
+        // Else more has happened than that somebody waits.
+        if (effects.some(({ type }) => type !== "timer")) return;
+        assert.equal(startIn(state, newcomer, now), before);
+      }),
+      { numRuns: 1000 },
+    );
+  });
+
   it("is when a request starts, where nobody comes and all takes as long as before", () => {
     let predicted = 0;
     let wrong = 0;
