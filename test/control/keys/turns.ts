@@ -31,12 +31,13 @@ export const turnKeys: KeyTests = {
     withOllama({ queue: { turnMs: 600_000 } }, async (fleet) => {
       // Each beside the other once: it is known that they do not fit, and what a load takes.
       for (const model of ["x:1", "y:1", "x:1"]) await chat(fleet, model);
-      fleet.engines.o.behave({ headersDelayMs: 20 });
+      // So many and so long that somebody always waits for x: else its turn ends by itself.
+      fleet.engines.o.behave({ headersDelayMs: 100 });
       let isOver = false;
       const loop = async () => {
         while (!isOver) await chat(fleet, "x:1");
       };
-      const loops = [loop(), loop()];
+      const loops = Array.from({ length: 6 }, loop);
       const waiting = chat(fleet, "y:1").finally(() => {
         isOver = true;
       });
