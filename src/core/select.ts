@@ -51,9 +51,10 @@ export function asGoodAs(firstTokenMs: number): number {
 
 /**
  * Chooses where a request goes: the healthiest tier that has a target; in it, of those that have room for
- * the prompt and start in time, the target whose first token is expected first; among those that are as good as that one, those that can start at once; then
- * the one that knows the session; then smooth weighted round robin. Where only unhealthy or open targets
- * are left, one request at a time tries the least recently failed.
+ * the prompt and start in time, the target whose first token is expected first; among those that are as
+ * good as that one, those that can start at once; then the one that knows the session; then smooth weighted
+ * round robin. Where only unhealthy or open targets are left, one request at a time tries the least
+ * recently failed.
  *
  * @param credit changed by a choice among equals (nginx's algorithm: every contender earns its
  *   weight, the richest is chosen and pays the sum).

@@ -75,6 +75,8 @@ export async function attempts(exchange: Exchange, plane: Plane): Promise<Reply>
       (failed.fault === "busy" ? busy : tried).add(last);
       if (failed.verdict.retry === "no" || tried.size >= MOST_ATTEMPTS) throw failed.error;
       exchange.phase = "retrying";
+      // What has come up meanwhile may do it.
+      exchange.renew();
       exchange.timing.retry = (exchange.timing.retry ?? 0) + plane.now() - attempt.sentAt;
     }
   }

@@ -188,8 +188,8 @@ export function loserAmong(
   newcomer: Ticket,
 ): { live: Live; ticket: Ticket } | null {
   const lanes = lives.flatMap(({ scheduler }) => scheduler.lanes.get(newcomer.model) ?? []);
-  // Where fewer are allowed than before, one that goes makes no room.
-  if (lanes.some(({ places }) => places.used > places.limit)) return null;
+  // The one lane has been looked at; and where fewer are allowed than before, one that goes makes no room.
+  if (lanes.length < 2 || lanes.some(({ places }) => places.used > places.limit)) return null;
   const lines = lanes.map(({ line }) => line);
   const ticket = loserTo(lines, newcomer);
   const live = lives.find(({ scheduler }) => ticket !== null && positionOf(scheduler, ticket) >= 0);

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { after, afterEach, before, beforeEach, describe, it } from "node:test";
 import type { Answer } from "../support/client.ts";
-import { openaiChat, until } from "../support/client.ts";
+import { openaiChat, send, until } from "../support/client.ts";
 import type { Fault } from "../support/engine-behaviour.ts";
 import { faults } from "../support/engine-behaviour.ts";
 import type { Fleet } from "../support/fleet.ts";
@@ -254,5 +254,27 @@ describe("retry: all busy", () => {
         await fleet.close();
       }
     });
+  }
+});
+
+it("a retry goes to what has come up since the request began", TIMEOUT, async () => {
+  const backend = { healthInterval: 60_000 };
+  const timeouts = { firstByteMs: 1000 };
+  const fleet = await startFleet(
+    { first: { models: model, backend }, second: { models: model, backend } },
+    { timeouts },
+  );
+  try {
+    const operate = (verb: string) => send(`${fleet.url}/admin/api/backends/second/${verb}`, "");
+    await operate("drain");
+    fleet.engines.first.behave({ headersDelayMs: 60_000 });
+    const asked = openaiChat(fleet.url, { stream: true });
+    assert.ok(await until(() => fleet.engines.first.inference().length === 1));
+    await operate("resume");
+    const answer = await asked;
+    assert.equal(answer.status, 200, answer.text);
+    assert.equal(answer.headers.get("x-tidegate-backend"), "second");
+  } finally {
+    await fleet.close();
   }
 });
