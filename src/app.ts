@@ -7,10 +7,10 @@ import { z } from "zod";
 import { tenantOf } from "./config.ts";
 import { visibleTo, type Model, type Snapshot } from "./core/snapshot.ts";
 import { suggest } from "./core/suggest.ts";
-import { findModel } from "./data/resolve.ts";
 import { checkOrigin, identify } from "./data/identify.ts";
 import { serve } from "./data/pipeline.ts";
 import type { Plane } from "./data/plane.ts";
+import { findModel } from "./data/resolve.ts";
 import { anthropic, countTokens, messages } from "./dialects/anthropic.ts";
 import { refuseInvalid, type Dialect, type Endpoint } from "./dialects/dialect.ts";
 import {

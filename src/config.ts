@@ -202,7 +202,7 @@ const sections = {
       .min(1)
       .default("127.0.0.1")
       .describe(
-        "Bind address. Beyond loopback it needs `auth.keys` or `insecure`. Needs a restart.",
+        "Bind address. Beyond loopback it needs `auth` (or `TIDEGATE_API_KEYS`) or `insecure`. Needs a restart.",
       ),
     port: z
       .number()

@@ -27,7 +27,7 @@ Usage: bun start [options]     or: deno task start [options]
   --version         the version
 
 Environment: TIDEGATE_CONFIG, TIDEGATE_API_KEYS="key,tenant=key", TIDEGATE_BACKENDS="kind=url,kind=url",
-one TIDEGATE_* per single value (docs/configuration.md), PORT, NO_COLOR, FORCE_COLOR,
+one TIDEGATE_* per single value (docs/configuration.md), REDIS_URL, PORT, NO_COLOR, FORCE_COLOR,
 OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME and the other OTEL_* of the OpenTelemetry SDK.
 
 Signals: SIGHUP reloads the configuration; SIGTERM and SIGINT end the process once answers are done.

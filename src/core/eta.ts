@@ -130,11 +130,12 @@ function overIn(view: View, lane: Lane, name: string): number {
   const { turns } = state;
   let over = Infinity;
   if (!turns.active) return over;
+  const resident = residents(turns);
+  const own = rankIn(view, lane);
   for (const [other, wanted, since] of wishes(turns, now)) {
     if (wanted.stay.residency !== "cold") continue;
-    const { leaving, known } = placingFor(turns, other, residents(turns), comes?.lane);
+    const { leaving, known } = placingFor(turns, other, resident, comes?.lane);
     if (!leaving.includes(name)) continue;
-    const own = rankIn(view, lane);
     over = Math.min(over, turnOver(turns, wanted, since, lane, known, Infinity, own));
   }
   return over - now;

@@ -75,9 +75,7 @@ export async function admit(
       const isRetry = options.tried.size + options.busy.size > 0;
       const isDegraded = exchange.degraded !== null;
       exchange.record.reason = isRetry ? "retry" : isDegraded ? "degraded" : reason;
-      if (!("then" in admission)) {
-        if (admission.type === "granted") return admission.permit;
-      }
+      if (!("then" in admission) && admission.type === "granted") return admission.permit;
       const since = plane.now();
       let expectedAt = since;
       if ("then" in admission) {

@@ -1,5 +1,6 @@
 import type { Kind } from "../config.ts";
 import type { BreakerSettings, BreakerState } from "../core/breaker.ts";
+import { loserTo } from "../core/fairness.ts";
 import {
   coolsUntil,
   createScheduler,
@@ -9,7 +10,6 @@ import {
   type SchedulerState,
   type Ticket,
 } from "../core/lanes.ts";
-import { loserTo } from "../core/fairness.ts";
 import type { Pace } from "../core/pace.ts";
 import { createPrefixIndex, type PrefixIndex } from "../core/prefix.ts";
 import type { Backend, Health, Model, Snapshot, Target } from "../core/snapshot.ts";
